@@ -1,0 +1,5 @@
+"""The specification in eager PyTorch: slow, obvious, valid in fp64. Imports torch only and shares no code with the kernels."""
+
+from twn_kernels.impl.reference.dual_lora import backward, fanout, forward
+
+__all__ = ["backward", "fanout", "forward"]

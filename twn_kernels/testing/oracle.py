@@ -1,0 +1,76 @@
+"""The one tolerance of the suite: as good as torch itself, measured against fp64 truth.
+
+A result passes when its largest error is at most twice (torch's largest error in the same dtype + one rounding band),
+when its relative RMS error is at most twice torch's + one band, and when it is finite wherever the truth is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["assert_as_good_as_torch", "error_against_truth"]
+
+
+def error_against_truth(actual: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Largest absolute and relative RMS error of ``actual`` against the fp64 ``truth``, over the truth's finite part."""
+    finite = torch.isfinite(truth)
+    difference = (actual.double() - truth)[finite]
+    if difference.numel() == 0:
+        return 0.0, 0.0
+    rms = truth[finite].pow(2).mean().sqrt().item()
+    relative = difference.pow(2).mean().sqrt().item() / rms if rms > 0 else difference.abs().max().item()
+    return difference.abs().max().item(), relative
+
+
+def assert_as_good_as_torch(actual: Tensor, truth_fp64: Tensor, torch_same_dtype: Tensor, name: str = "result") -> None:
+    """Fail unless ``actual`` is about as near to the truth as torch's own result in the same dtype.
+
+    Args:
+        actual: what is tested; its dtype sets the rounding band.
+        truth_fp64: the same quantity in fp64, of the same shape. Where it is not finite, ``actual`` must not be either.
+        torch_same_dtype: torch's (or PEFT's) result from the same inputs in the dtype of ``actual``.
+        name: what to call it in the message.
+
+    Raises:
+        AssertionError: with both errors, the budget, the worst coordinate and the three values there.
+    """
+    if actual.shape != truth_fp64.shape or torch_same_dtype.shape != truth_fp64.shape:
+        raise AssertionError(
+            f"{name}: shapes differ: actual {list(actual.shape)}, truth {list(truth_fp64.shape)}, "
+            f"torch {list(torch_same_dtype.shape)}"
+        )
+    if truth_fp64.dtype != torch.float64:
+        raise AssertionError(f"{name}: the truth must be float64, got {truth_fp64.dtype}")
+    actual, truth, baseline = (t.detach().cpu() for t in (actual, truth_fp64, torch_same_dtype))
+    _same_finite(actual, truth, name)
+    max_error, rms_error = error_against_truth(actual, truth)
+    torch_max, torch_rms = error_against_truth(baseline, truth)
+    eps = torch.finfo(actual.dtype).eps
+    finite = truth[torch.isfinite(truth)]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    tiny = torch.finfo(actual.dtype).tiny
+    max_budget, rms_budget = 2 * (torch_max + eps * largest) + tiny, 2 * torch_rms + eps
+    if max_error <= max_budget and (rms_error <= rms_budget or max_error <= tiny):
+        return
+    gap = torch.where(torch.isfinite(truth), (actual.double() - truth).abs(), 0.0)
+    worst = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)) if gap.dim() else ()
+    raise AssertionError(
+        f"{name} is worse than torch: max error {max_error:.3e} (budget {max_budget:.3e}, torch {torch_max:.3e}), "
+        f"relative RMS {rms_error:.3e} (budget {rms_budget:.3e}, torch {torch_rms:.3e}); worst at {worst}: "
+        f"actual {actual[worst].item():.9g}, truth {truth[worst].item():.9g}, torch {baseline[worst].item():.9g}; "
+        f"seed {torch.initial_seed()}"
+    )
+
+
+def _same_finite(actual: Tensor, truth: Tensor, name: str) -> None:
+    expected = torch.isfinite(truth)
+    got = torch.isfinite(actual)
+    overflow = expected & (truth.abs() >= torch.finfo(actual.dtype).max)
+    wrong = (expected != got) & ~overflow
+    if wrong.any():
+        where = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} elements are finite where the truth is not, or the reverse; first at {where}: "
+            f"actual {actual[where].item()}, truth {truth[where].item()}"
+        )
