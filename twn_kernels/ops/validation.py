@@ -1,0 +1,107 @@
+"""The tensor contract of the dual-LoRA ops, stated once: each violation becomes one sentence with the fix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twn_kernels.errors import DeviceError, DtypeError, OptionError, ShapeError
+from twn_kernels.ops.lora import LoRA
+from twn_kernels.ops.plan import RoutePlan
+from twn_kernels.settings import MAX_RANK
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reasoning: LoRA | None,
+    embedding: LoRA | None,
+    plan: RoutePlan,
+    dropout: tuple[float, float],
+) -> None:
+    """Raise the first violation of the contract; touches no values, so it never synchronises.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, OptionError: see the op's docstring.
+    """
+    _check_base(x, weight, bias)
+    for name, lora in (("reasoning", reasoning), ("embedding", embedding)):
+        if lora is not None:
+            _check_lora(name, lora, x, weight)
+    if reasoning is not None and embedding is not None and reasoning.A.dtype != embedding.A.dtype:
+        raise DtypeError(
+            f"both adapters must have one dtype, got reasoning {reasoning.A.dtype} and embedding {embedding.A.dtype}. "
+            "Convert one of them."
+        )
+    _check_plan(plan, x)
+    _check_dropout(dropout)
+
+
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ShapeError(
+            "x must be [..., in_features] and weight [out_features, in_features] with the same in_features, got "
+            f"x {list(x.shape)} and weight {list(weight.shape)}."
+        )
+    if x.dtype not in _FLOATS:
+        raise DtypeError(f"x must be float32, float16 or bfloat16 (float64 on the reference), got {x.dtype}.")
+    if weight.dtype != x.dtype:
+        raise DtypeError(f"weight must have the dtype of x ({x.dtype}), got {weight.dtype}. Convert one of them.")
+    if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ShapeError(f"x must have a contiguous last dimension, got strides {x.stride()}. Call x.contiguous().")
+    _same_device("weight", weight, x)
+    if bias is None:
+        return
+    if bias.shape != (weight.shape[0],):
+        raise ShapeError(f"bias must be [{weight.shape[0]}] (out_features of weight), got {list(bias.shape)}.")
+    if bias.dtype != x.dtype:
+        raise DtypeError(f"bias must have the dtype of x ({x.dtype}), got {bias.dtype}. Convert one of them.")
+    _same_device("bias", bias, x)
+
+
+def _check_lora(name: str, lora: LoRA, x: Tensor, weight: Tensor) -> None:
+    out_features, in_features = weight.shape
+    if lora.A.dim() != 2 or lora.A.shape[1] != in_features:
+        raise ShapeError(f"{name}.A must be [rank, {in_features}] (in_features of weight), got {list(lora.A.shape)}.")
+    rank = lora.A.shape[0]
+    if not 1 <= rank <= MAX_RANK:
+        raise ShapeError(f"{name}.A must have a rank of 1 … {MAX_RANK} (its first dimension), got {rank}.")
+    if lora.B.shape != (out_features, rank):
+        raise ShapeError(
+            f"{name}.B must be [{out_features}, {rank}] (out_features of weight, rank of {name}.A), "
+            f"got {list(lora.B.shape)}."
+        )
+    allowed = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
+    for part, tensor in (("A", lora.A), ("B", lora.B)):
+        if tensor.dtype not in allowed or tensor.dtype != lora.A.dtype:
+            names = " or ".join(str(dtype) for dtype in allowed)
+            raise DtypeError(
+                f"{name}.{part} must be {names} next to an x of {x.dtype}, A and B alike, got {tensor.dtype}."
+            )
+        _same_device(f"{name}.{part}", tensor, x)
+
+
+def _check_plan(plan: RoutePlan, x: Tensor) -> None:
+    if not isinstance(plan, RoutePlan):
+        raise DtypeError(f"plan must be a RoutePlan, got {type(plan).__name__}. Build one with RoutePlan.from_routes.")
+    tokens = x.shape[:-1].numel()
+    if plan.tokens != tokens:
+        raise ShapeError(
+            f"plan covers {plan.tokens} tokens but x has {tokens} ({list(x.shape)}). Build the plan from the same batch."
+        )
+    _same_device("plan.routes", plan.routes, x)
+
+
+def _check_dropout(dropout: tuple[float, float]) -> None:
+    if len(dropout) != 2 or not all(0.0 <= p < 1.0 for p in dropout):
+        raise OptionError(
+            f"dropout must be two probabilities in [0, 1), one for reasoning and one for embedding, got {dropout!r}."
+        )
+
+
+def _same_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise DeviceError(f"{name} must be on the device of x ({x.device}), got {tensor.device}. Move one of them.")
