@@ -48,8 +48,8 @@ def dual_lora_linear(
         ImplUnavailable: ``impl`` was named and cannot run here; the message says why.
 
     Numerics: fp32 accumulation, one final rounding; ``scaling * A @ x`` is rounded once to the adapter's dtype. NaN or
-    Inf in a row, or in an adapter that the row does not use, never reaches another row. A row that uses an adapter whose
-    B is not finite may be NaN in every column.
+    Inf in a row, or in an adapter that the row does not use, never reaches another row. A row that uses an adapter
+    whose B is not finite may be NaN in every column.
     Under autocast, all tensors are cast as ``nn.Linear`` casts them.
     Differentiable in: x, both A and B, bias (and weight, by a plain GEMM, where it requires grad).
     Graph-safe: yes. Synchronises: never. Source: Hu et al. 2021, eq. 3; segments after Punica (Chen et al. 2023).
@@ -89,7 +89,7 @@ def flat_arguments(x, weight, bias, reasoning, embedding, plan, dropout, impl) -
 
 
 def autocast_like_linear(x, weight, bias, reasoning, embedding) -> tuple:
-    """Under autocast, cast every operand to the autocast dtype, as ``nn.Linear`` and PEFT do; otherwise leave all alone."""
+    """Under autocast, cast every operand to the autocast dtype, as ``nn.Linear`` and PEFT do; otherwise cast nothing."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x, weight, bias, reasoning, embedding

@@ -1,8 +1,8 @@
 """Which adapters each token uses: built once a forward on the device, shared by every layer.
 
-A kernel reads the routes of its own tile (one byte a token) and derives its k-range from them, so the plan holds nothing
-else on the device. What the host knows without asking the device (which adapters can occur at all, whether every token has
-the same route) travels beside the tensor and lets an implementation leave work out.
+A kernel reads the routes of its own tile (one byte a token) and derives its k-range from them, so the plan holds
+nothing else on the device. What the host knows without asking the device (which adapters can occur at all, whether every
+token has the same route) travels beside the tensor and lets an implementation leave work out.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class RoutePlan(NamedTuple):
         """
         if self.is_uniform or self.present != BOTH:
             raise PatchError(
-                "refresh_ needs a plan built with RoutePlan.from_routes: this one was built from names, and kernels have "
-                f"left out what its routes ({self.present}) do not need. Build it from an int8 tensor."
+                "refresh_ needs a plan built with RoutePlan.from_routes: this one was built from names, and kernels "
+                f"have left out what its routes ({self.present}) do not need. Build it from an int8 tensor."
             )
         _check_routes(routes)
         if routes.shape != self.routes.shape:
@@ -145,5 +145,6 @@ def _check_routes(routes: Tensor) -> None:
         low, high = int(routes.min()), int(routes.max())
         if low < 0 or high > BOTH:
             raise OptionError(
-                f"routes must lie in 0 … 3 (0 base only, 1 reasoning, 2 embedding, 3 both), got {low if low < 0 else high}."
+                f"routes must lie in 0 … 3 (0 base only, 1 reasoning, 2 embedding, 3 both), "
+                f"got {low if low < 0 else high}."
             )

@@ -1,4 +1,4 @@
-"""Registration with ``torch.library``: schemas, shapes without data, autograd. One forward op an output form, one backward.
+"""Registration with ``torch.library``: schemas, shapes without data, autograd.
 
 ``define``/``impl`` rather than ``custom_op``: the boundary costs half as much. Eager calls without gradients bypass the
 dispatcher altogether (see :func:`call`), since at decode the boundary costs more than the launch.
@@ -25,8 +25,8 @@ _LIBRARY.define(f"dual_lora_linear_fanout({_ARGUMENTS}) -> (Tensor, Tensor, Tens
 _LIBRARY.define(
     "dual_lora_linear_backward(Tensor dy, Tensor? dy_r, Tensor? dy_e, Tensor x, Tensor weight, "
     "Tensor A_r, Tensor B_r, Tensor A_e, Tensor B_e, float scaling_r, float scaling_e, Tensor s, "
-    "Tensor routes, int present, bool is_uniform, float dropout_r, float dropout_e, Tensor? seed, bool[] needs, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor routes, int present, bool is_uniform, float dropout_r, float dropout_e, Tensor? seed, bool[] needs, "
+    "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -109,13 +109,13 @@ def _backward(
 
 
 def _exact_dtypes(x: Tensor):
-    """Autocast has done its casts before the op; inside, it would narrow the fp32 products that the contract asks for."""
+    """Autocast's casts are done before the op; inside, it would narrow the fp32 products that the contract asks for."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _routes(impl: str, routes: Tensor, is_uniform: bool) -> Tensor | None:
-    """None tells an implementation that declares ``UNIFORM`` that every row takes exactly the adapters in ``present``."""
+    """None tells an implementation that declares ``UNIFORM`` that every row takes just the adapters in ``present``."""
     return None if is_uniform and getattr(choice.load(impl), "UNIFORM", False) else routes
 
 
@@ -169,7 +169,7 @@ def _gradients(ctx, dy: Tensor, dy_r: Tensor | None, dy_e: Tensor | None) -> tup
         p_r, p_e, seed, needs, impl,
     )  # fmt: skip
     dx, dA_r, dB_r, dA_e, dB_e, dbias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    # The base weight is frozen in every use this package is for; one that is not gets nn.Linear's gradient, not silence.
+    # The base weight is meant to be frozen; where it is not, it gets nn.Linear's gradient rather than silence.
     dweight = dy.t() @ x if need_weight else None
     return dx, dweight, dbias, dA_r, dB_r, dA_e, dB_e, *[None] * 9
 

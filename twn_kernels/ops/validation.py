@@ -90,7 +90,8 @@ def _check_plan(plan: RoutePlan, x: Tensor) -> None:
     tokens = x.shape[:-1].numel()
     if plan.tokens != tokens:
         raise ShapeError(
-            f"plan covers {plan.tokens} tokens but x has {tokens} ({list(x.shape)}). Build the plan from the same batch."
+            f"plan covers {plan.tokens} tokens but x has {tokens} ({list(x.shape)}). "
+            "Build the plan from the same batch."
         )
     _same_device("plan.routes", plan.routes, x)
 

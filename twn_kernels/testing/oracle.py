@@ -13,7 +13,7 @@ __all__ = ["assert_as_good_as_torch", "error_against_truth"]
 
 
 def error_against_truth(actual: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Largest absolute and relative RMS error of ``actual`` against the fp64 ``truth``, over the truth's finite part."""
+    """Largest absolute and relative RMS error of ``actual`` against fp64 ``truth``, over the truth's finite part."""
     finite = torch.isfinite(truth)
     difference = (actual.double() - truth)[finite]
     if difference.numel() == 0:

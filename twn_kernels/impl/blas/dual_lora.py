@@ -1,7 +1,7 @@
 """Forward, fan-out and backward of the dual-LoRA linear layer on vendor GEMMs.
 
-Masking happens in the shrink, by selection. A product over a shared B would still turn 0 * NaN into NaN on rows that do not
-use the adapter, so in mixed batches non-finite entries of B are zeroed and the rows that do use it get NaN through S.
+Masking happens in the shrink, by selection. A product over a shared B would still turn 0 * NaN into NaN on rows that do
+not use the adapter, so in mixed batches non-finite entries of B are zeroed and the rows that use it get NaN through S.
 """
 
 from __future__ import annotations

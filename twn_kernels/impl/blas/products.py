@@ -1,7 +1,7 @@
 """Matrix products that keep the contract (fp32 accumulation, one rounding) whatever the vendor GEMM's output dtype.
 
-:func:`joined_product` is the K-augmentation: ``x W^T + low L^T = [x | low] [W | L]^T``, one GEMM, one rounding. Building
-``[W | L]`` copies W, so it is taken where that is the cheapest exact form; the others accumulate in a wide output.
+:func:`joined_product` is the K-augmentation: ``x W^T + low L^T = [x | low] [W | L]^T``, one GEMM, one rounding.
+Building ``[W | L]`` copies W, so it is taken where that is the cheapest exact form; the others accumulate in a wide output.
 """
 
 from __future__ import annotations
@@ -54,6 +54,6 @@ def joined_product(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, 
 def _accumulates_cheaper(x: Tensor) -> bool:
     """Whether an fp32 output (8 more bytes an element moved) beats copying W (4 bytes an element): below K / 2 tokens.
 
-    A count of bytes, not a measurement. Only CUDA has a 16-bit GEMM with an fp32 output; elsewhere it means upcasting W.
+    A count of bytes, not a measurement. Only CUDA has a 16-bit GEMM with an fp32 output; elsewhere W would be upcast.
     """
     return x.is_cuda and x.shape[0] < x.shape[1] // 2

@@ -1,4 +1,4 @@
-"""The specification in eager PyTorch: slow, obvious, valid in fp64. Imports torch only and shares no code with the kernels."""
+"""The specification in eager PyTorch: slow, obvious, valid in fp64. Imports torch only, shares no code with kernels."""
 
 from twn_kernels.impl.reference.dual_lora import backward, fanout, forward
 
