@@ -89,7 +89,7 @@ def flat_arguments(x, weight, bias, reasoning, embedding, plan, dropout, impl) -
 
 
 def autocast_like_linear(x, weight, bias, reasoning, embedding) -> tuple:
-    """Under autocast, cast every operand to the autocast dtype, as ``nn.Linear`` and PEFT do; otherwise cast nothing."""
+    """Under autocast, every operand in the autocast dtype, as ``nn.Linear`` and PEFT cast them; else unchanged."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x, weight, bias, reasoning, embedding

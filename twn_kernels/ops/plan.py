@@ -1,8 +1,8 @@
 """Which adapters each token uses: built once a forward on the device, shared by every layer.
 
 A kernel reads the routes of its own tile (one byte a token) and derives its k-range from them, so the plan holds
-nothing else on the device. What the host knows without asking the device (which adapters can occur at all, whether every
-token has the same route) travels beside the tensor and lets an implementation leave work out.
+nothing else on the device. What the host knows without asking the device (which adapters can occur at all, whether
+every token has the same route) travels beside the tensor and lets an implementation leave work out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Matrix products that keep the contract (fp32 accumulation, one rounding) whatever the vendor GEMM's output dtype.
 
 :func:`joined_product` is the K-augmentation: ``x W^T + low L^T = [x | low] [W | L]^T``, one GEMM, one rounding.
-Building ``[W | L]`` copies W, so it is taken where that is the cheapest exact form; the others accumulate in a wide output.
+Building ``[W | L]`` copies W, so it is taken where that is the cheapest exact form; elsewhere a wide
+output accumulates both.
 """
 
 from __future__ import annotations
