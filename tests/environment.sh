@@ -55,10 +55,12 @@ echo "torch==$(version_of "$py" torch)" >"$constraints"
 say "installing what the tests and the demo need"
 install -c "$constraints" -r "$(dirname "$0")/requirements.txt"
 if [ "$(uname -s)" = Linux ] && ! has "$py" triton; then
+  say "installing $triton_pin"
   install -c "$constraints" "$triton_pin"
 fi
 if ! has "$py" torchvision; then
   # Image and video processors of transformers import it; its own torch pin would replace the build chosen above.
+  say "installing $torchvision_pin without its dependencies"
   install --no-deps "$torchvision_pin"
 fi
 say "installing twn_kernels"

@@ -1,0 +1,230 @@
+"""Checks each op on this machine, in every implementation and dtype that runs here, against fp64 truth.
+
+The truth is written here in plain PyTorch with autograd and shares nothing with any implementation; the tolerance is
+the test suite's one oracle. Owns the checks and their fixes; printing and exit codes belong to the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from twn_kernels import env
+from twn_kernels.errors import ImplUnavailable, MissingDependency
+from twn_kernels.impl.cuda import loader
+from twn_kernels.ops import LoRA, RoutePlan, choice, dual_lora_linear, dual_lora_linear_fanout
+from twn_kernels.settings import IMPLS
+from twn_kernels.testing.oracle import assert_as_good_as_torch
+
+__all__ = ["Check", "examine", "render"]
+
+OK, FAIL, NOT_AVAILABLE = "ok", "FAIL", "not available"
+
+# Of the layer and of its adapters. fp64 is missing because it is the truth.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16 with fp32 adapters": (torch.bfloat16, torch.float32),
+}
+# Tails in every dimension, unequal ranks, all four routes: what a wrong mask or stride would show in.
+TOKENS, IN_FEATURES, OUT_FEATURES, RANKS, SCALINGS = 37, 96, 81, (16, 5), (0.5, -1.75)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        name: what was checked.
+        status: ``"ok"``, ``"FAIL"`` or ``"not available"``.
+        detail: what was seen, or why it is not available.
+        fix: what to do about a failure; empty otherwise.
+    """
+
+    name: str
+    status: str
+    detail: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.status:<13}  {self.name}"
+        line += f": {self.detail}" if self.detail else ""
+        return f"{line}\n{'':<13}  fix: {self.fix}" if self.fix else line
+
+    def to_dict(self) -> dict[str, str]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+
+def examine(device: torch.device | str | None = None) -> Iterator[Check]:
+    """Run every check, one at a time, so that a caller can print each as it comes.
+
+    Args:
+        device: where to check the ops; None: the first GPU where torch sees one, else the CPU.
+
+    Yields:
+        :class:`Check` in a fixed order: the installation, then each op by implementation and dtype.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    yield from _installation(device)
+    for impl in sorted(set(IMPLS) - {"auto"}, key=lambda name: (name != "reference", name)):
+        reason = choice.unavailable_reason(impl, device)
+        if reason is not None:
+            yield Check(f"{impl} on {device.type}", NOT_AVAILABLE, " ".join(reason.split()))
+            continue
+        for dtype in DTYPES:
+            yield from _dual_lora(impl, dtype, device)
+
+
+def render(checks: list[Check]) -> str:
+    """The last line of the report: how many of each."""
+    counts = {status: sum(check.status == status for check in checks) for status in (OK, FAIL, NOT_AVAILABLE)}
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
+
+
+def _installation(device: torch.device) -> Iterator[Check]:
+    gpus = env.collect_gpus()
+    if isinstance(gpus, list) and gpus and not torch.cuda.is_available():
+        built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
+        detail = f"the driver lists {gpus[0]['name']}, but torch {torch.__version__} {built} and sees none"
+        yield Check("GPU", FAIL, detail, "install a CUDA build of torch that the driver supports, or a newer driver")
+    elif device.type == "cuda":
+        yield Check("GPU", OK, torch.cuda.get_device_name(device))
+    else:
+        yield Check("GPU", NOT_AVAILABLE, "the driver lists none; the GPU checks did not run")
+    yield _extension(device)
+
+
+def _extension(device: torch.device) -> Check:
+    info = loader.build_info()
+    if not info.built:
+        return Check("CUDA extension", NOT_AVAILABLE, f"{info}; rebuild: {loader.REBUILD}")
+    try:
+        loader.load()
+        if device.type == "cuda":
+            x = torch.arange(1001, device=device, dtype=torch.float32)
+            if not torch.equal(loader.probe(x), x):
+                return Check("CUDA extension", FAIL, "its copy kernel returned other values", loader.REBUILD)
+    except ImplUnavailable as error:
+        return Check("CUDA extension", FAIL, str(error).splitlines()[0], loader.REBUILD)
+    except RuntimeError as error:
+        return Check("CUDA extension", FAIL, _first_line(error), f"{loader.REBUILD}")
+    return Check("CUDA extension", OK, f"{info}, loads{' and launches' if device.type == 'cuda' else ''}")
+
+
+def _dual_lora(impl: str, dtype: str, device: torch.device) -> Iterator[Check]:
+    inputs = _inputs(*DTYPES[dtype], device)
+    for op, fanout in (("dual_lora_linear", False), ("dual_lora_linear_fanout", True)):
+        truth = _results(_in_torch, _cast(inputs, torch.float64), fanout)
+        own = _results(_in_torch, inputs, fanout)
+
+        def actual(inputs, fanout, impl=impl):
+            return _in_package(inputs, fanout, impl)
+
+        try:
+            got = _results(actual, inputs, fanout)
+        except Exception as error:  # whatever breaks is the finding; the remaining checks must still run
+            for part in ("forward", "backward"):
+                yield Check(_name(op, part, impl, dtype, device), FAIL, _first_line(error), _fix(impl, error))
+            continue
+        for part in ("forward", "backward"):
+            names = [name for name in truth if name.startswith("d(") == (part == "backward")]
+            yield _compare(_name(op, part, impl, dtype, device), impl, names, got, truth, own)
+
+
+def _compare(title: str, impl: str, names: list[str], got: dict, truth: dict, own: dict) -> Check:
+    try:
+        for name in names:
+            assert_as_good_as_torch(got[name], truth[name], own[name], name)
+    except AssertionError as error:
+        return Check(title, FAIL, _first_line(error), _fix(impl))
+    return Check(title, OK)
+
+
+def _name(op: str, part: str, impl: str, dtype: str, device: torch.device) -> str:
+    return f"{op} {part}, {impl}, {dtype}, {device.type}"
+
+
+def _first_line(error: BaseException) -> str:
+    words = str(error).strip().splitlines() or [""]
+    return words[0] if isinstance(error, AssertionError) else f"{type(error).__name__}: {words[0]}"
+
+
+def _fix(impl: str, error: BaseException | None = None) -> str:
+    if isinstance(error, MissingDependency):
+        return "install what the message names"
+    if impl == "reference":
+        return "torch itself gives wrong results here; reinstall torch, then run this again"
+    report = "report it with the output of: twn-kernels env"
+    other = "blas" if impl != "blas" else "reference"
+    return f"set TWN_IMPL={other} until it is repaired, and {report}"
+
+
+def _inputs(dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device) -> dict:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    narrow = IN_FEATURES**-0.5
+    loras = []
+    for rank, scaling in zip(RANKS, SCALINGS, strict=True):
+        A = draw(rank, IN_FEATURES, scale=narrow, dtype=adapter_dtype)
+        loras.append(LoRA(A, draw(OUT_FEATURES, rank, dtype=adapter_dtype), scaling))
+    return {
+        "x": draw(TOKENS, IN_FEATURES),
+        "weight": draw(OUT_FEATURES, IN_FEATURES, scale=narrow),
+        "bias": draw(OUT_FEATURES),
+        "reasoning": loras[0],
+        "embedding": loras[1],
+        "routes": (torch.arange(TOKENS) % 4).to(device, torch.int8),
+        "pulls": [draw(TOKENS, OUT_FEATURES), draw(TOKENS, OUT_FEATURES)],
+    }
+
+
+def _cast(inputs: dict, dtype: torch.dtype) -> dict:
+    def cast(value):
+        if isinstance(value, LoRA):
+            return LoRA(value.A.to(dtype), value.B.to(dtype), value.scaling)
+        if isinstance(value, list):
+            return [cast(entry) for entry in value]
+        return value.to(dtype) if value.is_floating_point() else value
+
+    return {name: cast(value) for name, value in inputs.items()}
+
+
+def _results(function: Callable, inputs: dict, fanout: bool) -> dict[str, Tensor]:
+    """Outputs and gradients by name; gradients are called ``d(name)``."""
+    leaves = {"x": inputs["x"], "bias": inputs["bias"]}
+    for name in ("reasoning", "embedding"):
+        leaves |= {f"{name}.A": inputs[name].A, f"{name}.B": inputs[name].B}
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    loras = {n: LoRA(leaves[f"{n}.A"], leaves[f"{n}.B"], inputs[n].scaling) for n in ("reasoning", "embedding")}
+    outputs = function({**inputs, **loras, "x": leaves["x"], "bias": leaves["bias"]}, fanout)
+    torch.autograd.backward(outputs, inputs["pulls"][: len(outputs)])
+    gradients = {f"d({name})": leaf.grad for name, leaf in leaves.items()}
+    return {f"y{index}": y.detach() for index, y in enumerate(outputs)} | gradients
+
+
+def _in_package(inputs: dict, fanout: bool, impl: str) -> list[Tensor]:
+    names = ("x", "weight", "bias", "reasoning", "embedding")
+    plan = RoutePlan.from_routes(inputs["routes"])
+    op = dual_lora_linear_fanout if fanout else dual_lora_linear
+    out = op(*(inputs[name] for name in names), plan, impl=impl)
+    return list(out) if fanout else [out]
+
+
+def _in_torch(inputs: dict, fanout: bool) -> list[Tensor]:
+    base = torch.nn.functional.linear(inputs["x"], inputs["weight"], inputs["bias"])
+    terms = []
+    for bit, name in ((1, "reasoning"), (2, "embedding")):
+        lora = inputs[name]
+        narrow = torch.nn.functional.linear(inputs["x"].to(lora.A.dtype), lora.A)
+        delta = torch.nn.functional.linear(narrow, lora.B) * lora.scaling
+        terms.append(torch.where(((inputs["routes"] & bit) != 0)[:, None], delta, 0.0))
+    outputs = [base + terms[0], base + terms[1]] if fanout else [base + terms[0] + terms[1]]
+    return [y.to(base.dtype) for y in outputs]
