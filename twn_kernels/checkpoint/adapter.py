@@ -319,7 +319,9 @@ def load_adapter(scan: AdapterScan) -> Adapter:
         module: LayerWeights(tensors[layer.key_a], tensors[layer.key_b], layer.scaling, layer.rank, layer.alpha)
         for module, layer in scan.layers.items()
     }
-    keys = {module: (layer.key_a, layer.key_b) for module, layer in scan.layers.items()}
+    # Names are kept where the file itself can be; from other formats it is written anew, under PEFT's own names.
+    kept = scan.file.header is not None
+    keys = {module: (layer.key_a, layer.key_b) for module, layer in scan.layers.items()} if kept else {}
     return Adapter(scan.name, scan.config, layers, keys, scan.file.header)
 
 

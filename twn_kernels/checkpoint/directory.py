@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from twn_kernels.checkpoint.config import TWNConfig, parse_twn_config
 from twn_kernels.checkpoint.gate import GateLayout, gate_inputs, gate_layout, queries_tensor
 from twn_kernels.checkpoint.tensorfile import (
     TensorFile,
-    TensorInfo,
+    infos_of,
     load_pickled,
     named_tensors,
     open_safetensors,
@@ -41,6 +42,7 @@ class SmallFile:
     raw: bytes
     tensors: dict[str, torch.Tensor]
     ordered: bool
+    extras: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -132,7 +134,7 @@ def _read_parts(scan: DirectoryScan, path: Path, entries: list[str]) -> None:
         scan.gate_file = _open_small(scan, path, entries, GATE)
         if scan.gate_file is not None:
             part = scan.gate_file
-            scan.gate = gate_layout(_infos(part.tensors), part.name, ordered=part.ordered)
+            scan.gate = gate_layout(infos_of(part.tensors), part.name, ordered=part.ordered)
             scan.notes.extend(scan.gate.notes)
     except CheckpointError as error:
         scan.problems.append(str(error))
@@ -152,13 +154,6 @@ def _stems(entries: list[str]) -> set[str]:
     return {name.removesuffix(suffix) for name in entries for suffix in _SUFFIXES if name.endswith(suffix)}
 
 
-def _infos(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    return {
-        name: TensorInfo(tensor.dtype, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in tensors.items()
-    }
-
-
 def _open_small(scan: DirectoryScan, path: Path, entries: list[str], stem: str) -> SmallFile | None:
     present = [stem + suffix for suffix in _SUFFIXES if stem + suffix in entries]
     if not present:
@@ -176,7 +171,8 @@ def read_small(path: Path, label: str) -> SmallFile:
     """
     raw = read_bytes(path, label)
     if path.suffix != ".safetensors":
-        return SmallFile(path.name, raw, named_tensors(load_pickled(raw, label), label), True)
+        extras: dict[str, Any] = {}
+        return SmallFile(path.name, raw, named_tensors(load_pickled(raw, label), label, extras), True, extras)
     opened = open_safetensors(path, label)
     if not opened.infos:
         raise CheckpointError(f"{label} holds no tensor.")
@@ -184,6 +180,15 @@ def read_small(path: Path, label: str) -> SmallFile:
     tensors = opened.read_all()
     # The gate is used and saved long after loading, so it must not depend on the mapped file.
     return SmallFile(path.name, raw, {name: tensors[name].clone() for name in order or tensors}, order is not None)
+
+
+def parse_small(small: SmallFile) -> dict[str, torch.Tensor]:
+    """The tensors that the file's bytes hold, whatever happened since to those in memory."""
+    if not small.name.endswith(".safetensors"):
+        return named_tensors(load_pickled(small.raw, small.name), small.name)
+    from safetensors.torch import load
+
+    return load(small.raw)
 
 
 ORDER_KEY = "definition_order"
@@ -203,6 +208,9 @@ def _finish(scan: DirectoryScan) -> DirectoryScan:
         bad = [key for key, value in (tensors.tensors if tensors else {}).items() if not _finite(value)]
         if bad:
             scan.warnings.append(f"{tensors.name}: NaN or infinity in {name}: {listed(bad)}.")
+        if tensors is not None and tensors.extras:
+            values = listed(f"{key} = {value!r}" for key, value in tensors.extras.items())
+            scan.notes.append(f"{tensors.name}: values beside the tensors were not used: {values}")
     if scan.gate is not None and scan.queries is not None:
         _settle_gate_input(scan)
     names = scan.base_model_names

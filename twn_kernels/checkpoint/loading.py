@@ -14,7 +14,7 @@ from twn_kernels.checkpoint.config import TWNConfig
 from twn_kernels.checkpoint.directory import DirectoryScan, SmallFile, scan_directory, scan_pair, warn_non_finite
 from twn_kernels.checkpoint.gate import GateLayout, gate_layout
 from twn_kernels.checkpoint.hub import HubOptions, resolve
-from twn_kernels.checkpoint.tensorfile import TensorInfo
+from twn_kernels.checkpoint.tensorfile import infos_of
 from twn_kernels.errors import CheckpointError, OptionError, TWNWarning, did_you_mean, quoted
 from twn_kernels.settings import ADAPTERS
 
@@ -49,11 +49,7 @@ class Checkpoint:
             CheckpointError: there is no gate, or its tensors make none.
         """
         self.require("gate")
-        infos = {
-            name: TensorInfo(tensor.dtype, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in self.gate.items()
-        }
-        return gate_layout(infos, self.gate_file.name if self.gate_file else "gate", ordered=True)
+        return gate_layout(infos_of(self.gate), self.gate_file.name if self.gate_file else "gate", ordered=True)
 
     def require(self, *parts: str) -> None:
         """Say clearly that a part is needed and absent.
@@ -135,14 +131,24 @@ def raise_problems(scan: DirectoryScan) -> None:
         raise CheckpointError(f"{scan.label} has {len(problems)} problems:\n{listing}")
 
 
+def _in_order(layout: GateLayout, small: SmallFile) -> dict[str, torch.Tensor]:
+    names = [name for layer in layout.layers for name in (layer.weight, layer.bias) if name is not None]
+    return {name: small.tensors[name] for name in names}
+
+
+def ordered_gate(small: SmallFile, label: str) -> dict[str, torch.Tensor]:
+    """A gate file's tensors in the order of its layers.
+
+    Raises:
+        CheckpointError: they make no gate.
+    """
+    return _in_order(gate_layout(infos_of(small.tensors), label, ordered=small.ordered), small)
+
+
 def _assemble(scan: DirectoryScan) -> Checkpoint:
-    gate = None
-    if scan.gate is not None:
-        names = [name for layer in scan.gate.layers for name in (layer.weight, layer.bias) if name is not None]
-        gate = {name: scan.gate_file.tensors[name] for name in names}
     return Checkpoint(
         adapters={name: load_adapter(adapter) for name, adapter in scan.adapters.items()},
-        gate=gate,
+        gate=None if scan.gate is None else _in_order(scan.gate, scan.gate_file),
         queries=scan.queries,
         config=scan.config,
         base_model_name=next(iter(scan.base_model_names), None),

@@ -50,6 +50,11 @@ def _info(tensor: torch.Tensor) -> TensorInfo:
     return TensorInfo(tensor.dtype, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
+def infos_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
+    """Dtype and shape of each tensor."""
+    return {name: _info(tensor) for name, tensor in tensors.items()}
+
+
 class TensorFile:
     """Named tensors of one or more files.
 
@@ -200,7 +205,7 @@ def open_tensors(path: Path, label: str) -> TensorFile:
     if path.suffix == ".safetensors":
         return open_safetensors(path, label)
     named = named_tensors(load_pickled(read_bytes(path, label), label), label)
-    return TensorFile({name: _info(tensor) for name, tensor in named.items()}, tensors=named)
+    return TensorFile(infos_of(named), tensors=named)
 
 
 def load_pickled(raw: bytes, label: str) -> Any:
@@ -267,12 +272,12 @@ _TORCH_PLAIN = {
 }  # fmt: skip
 
 
-def named_tensors(value: Any, label: str) -> dict[str, torch.Tensor]:
+def named_tensors(value: Any, label: str, extras: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a state dict, however it is wrapped.
 
     A bare tensor gets the name ``"weight"``; an envelope around the tensors (``{"state_dict": ...}``) is opened; other
-    nested dicts are joined with dots. Plain numbers and strings beside the tensors (an epoch, a version) are passed
-    over.
+    nested dicts are joined with dots. Plain numbers and strings beside the tensors (an epoch, a version) go to
+    ``extras``.
 
     Raises:
         CheckpointError: there is no tensor, or something else than dicts of tensors.
@@ -286,8 +291,11 @@ def named_tensors(value: Any, label: str) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     strange: dict[str, str] = {}
     _collect(value, "", found, strange, label)
-    if strange:
-        listed = ", ".join(f'"{name}" ({kind})' for name, kind in strange.items())
+    plain = {name: item for name, item in strange.items() if isinstance(item, (bool, int, float, str))}
+    if extras is not None:
+        extras.update(plain)
+    if len(plain) < len(strange):
+        listed = ", ".join(f'"{name}" ({_kind(item)})' for name, item in strange.items() if name not in plain)
         raise CheckpointError(f"{label} holds values that are neither tensors nor plain numbers: {listed}.")
     if not found:
         raise CheckpointError(f"{label} holds no tensor.")
@@ -305,8 +313,8 @@ def _collect(value: Mapping, prefix: str, found: dict, strange: dict, label: str
             found[name] = _plain(item, name, label)
         elif nested:
             _collect(item, prefix if key in _ENVELOPES else f"{name}.", found, strange, label)
-        elif not (item is None or isinstance(item, (bool, int, float, str))):
-            strange[name] = _kind(item)
+        elif item is not None:
+            strange[name] = item
 
 
 def _kind(value: Any) -> str:
@@ -326,20 +334,23 @@ def _plain(tensor: torch.Tensor, name: str, label: str) -> torch.Tensor:
     return tensor
 
 
-def safetensors_bytes(tensors: Mapping[str, torch.Tensor], header: bytes | None = None) -> list[Any]:
+def safetensors_bytes(
+    tensors: Mapping[str, torch.Tensor], header: bytes | None = None, *, metadata: Mapping[str, str] | None = None
+) -> list[Any]:
     """The parts of a safetensors file, in order.
 
     Args:
         tensors: by name.
         header: the header of the file that they were read from. While names, dtypes and shapes are unchanged it is
             kept, and the file that is written differs from the one read only where a value does.
+        metadata: of a new header, beside ``format``.
 
     Returns:
         buffers to write one after another; equal tensors always give equal bytes.
     """
     layout = _layout_of(header, tensors) if header is not None else None
     if layout is None:
-        header, layout = _new_header(tensors)
+        header, layout = _new_header(tensors, metadata or {})
     parts: list[Any] = [struct.pack("<Q", len(header)), header]
     parts.extend(memoryview(_flat_bytes(tensors[name])) for name in layout)
     return parts
@@ -359,10 +370,10 @@ def _layout_of(header: bytes, tensors: Mapping[str, torch.Tensor]) -> list[str] 
     return sorted(entries, key=lambda name: tuple(entries[name]["data_offsets"]))
 
 
-def _new_header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list[str]]:
+def _new_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
     # Widest dtype first keeps every tensor aligned; names break ties, so that equal content gives equal bytes.
     layout = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name in layout:
         tensor = tensors[name]

@@ -82,16 +82,16 @@ def write_twn_directory(
     out.mkdir(parents=True, exist_ok=True)
     for name in ADAPTERS:
         shutil.rmtree(out / name, ignore_errors=True)
-        one_rank = _of(rank, name)
+        one_rank = _of(rank, name) or 4
         write_peft_adapter(
             out / name,
             model,
             rank=one_rank,
             alpha=2 * one_rank if alpha is None else _of(alpha, name),
             targets=_of(targets, name),
-            rslora=_of(rslora, name),
-            dropout=_of(dropout, name),
-            dtype=_of(dtype, name),
+            rslora=bool(_of(rslora, name)),
+            dropout=_of(dropout, name) or 0.0,
+            dtype=_of(dtype, name) or torch.float32,
             rank_pattern=_of(rank_pattern, name),
             alpha_pattern=_of(alpha_pattern, name),
             strength=strength,
@@ -118,7 +118,7 @@ def write_twn_directory(
 
 
 def _of(value: Any, name: str) -> Any:
-    """The value for one adapter: ``value[name]`` where it is given per adapter, else ``value``."""
+    """The value for one adapter: ``value[name]`` (None if absent) where it is given per adapter, else ``value``."""
     if isinstance(value, Mapping) and set(value) & {REASONING, EMBEDDING}:
         return value.get(name)
     return value
