@@ -1,0 +1,224 @@
+"""Ahead-of-time compilation of Triton kernels, and what the machine code says about them.
+
+Needs no GPU: a kernel is compiled for a named architecture, and registers, spills, shared memory and the SASS mnemonics
+are read with the ``cuobjdump`` inside the Triton wheel. It must run in a process without ``TRITON_INTERPRET``, where
+kernels are real; :class:`AotWorker` is such a process for callers (a test session, say) that do interpret.
+
+``python -m twn_kernels.testing.aot`` prints the static report of every kernel of ``impl="triton"`` as JSON lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from twn_kernels.errors import ImplUnavailable
+
+__all__ = ["SHARED_MEMORY_BYTES", "AotReport", "AotWorker", "compile_kernel", "static_report"]
+
+# Shared memory that one thread block may ask for: CUDA programming guide, technical specifications per compute capability.
+SHARED_MEMORY_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+_TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA|OMMA|QMMA)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class AotReport:
+    """What one compiled kernel uses; ``spill_bytes`` is local memory a thread (stack and spills together)."""
+
+    kernel: str
+    variant: str
+    arch: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit_bytes: int
+    tensor_core: tuple[str, ...]
+    local_accesses: int
+    instructions: int
+    num_warps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    arch: int,
+    num_warps: int,
+    num_stages: int,
+    divisible: tuple[str, ...] = (),
+    variant: str = "",
+) -> AotReport:
+    """Compile one ``@triton.jit`` kernel and read its resources.
+
+    Args:
+        kernel: the jitted function.
+        signature: Triton type of every parameter that is not a constant, in any order: ``"*bf16"``, ``"i32"``, ``"fp32"``.
+        constants: the values of all other parameters (``tl.constexpr`` ones, ``None`` pointers, strides known to be 1).
+        arch: 80, 90, 100, ... (compute capability without the dot).
+        num_warps, num_stages: launch options.
+        divisible: parameters known to be multiples of 16, as the launcher would find them.
+        variant: a name for the report.
+
+    Raises:
+        ImplUnavailable: this process interprets kernels (``TRITON_INTERPRET``).
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(kernel, triton.JITFunction):
+        raise ImplUnavailable(
+            f"kernel must be a compiled @triton.jit function, got {type(kernel).__name__}: this process has "
+            "TRITON_INTERPRET set. Use AotWorker, or unset it before the first import of triton."
+        )
+    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(kernel, types, {name: constants[name] for name in types if types[name] == "constexpr"}, attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spills, sass = _read_cubin(compiled.asm["cubin"])
+    return AotReport(
+        kernel=kernel.__name__,
+        variant=variant,
+        arch=arch,
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit_bytes=SHARED_MEMORY_BYTES[arch],
+        tensor_core=tuple(sorted(set(_TENSOR_CORE.findall(sass)))),
+        local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
+        num_warps=num_warps,
+    )
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    """``(registers a thread, stack and spill bytes a thread, SASS text)`` of a cubin with one kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _cuobjdump("-res-usage", path)
+        sass = _cuobjdump("-sass", path)
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:\d+\s+LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no resource line for the kernel: {usage[:500]}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local, sass
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    tool = _tool_folder() / "cuobjdump"
+    done = subprocess.run([str(tool), option, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{tool} {option} failed with exit status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+@functools.cache
+def _tool_folder() -> Path:
+    import triton.backends.nvidia
+
+    return Path(triton.backends.nvidia.__file__).parent / "bin"
+
+
+def static_report(arch: int) -> Iterator[AotReport]:
+    """Compile every kernel of ``impl="triton"`` in every configuration it can choose for ``arch``, one report each."""
+    from twn_kernels.impl.triton.variants import variants
+
+    for variant in variants(arch):
+        yield _compile_variant(variant, arch)
+
+
+def _compile_variant(variant: Any, arch: int) -> AotReport:
+    return compile_kernel(
+        variant.kernel,
+        variant.signature,
+        variant.constants,
+        arch=arch,
+        num_warps=variant.config.num_warps,
+        num_stages=variant.config.num_stages,
+        divisible=variant.divisible,
+        variant=variant.name,
+    )
+
+
+class AotWorker:
+    """A process without ``TRITON_INTERPRET`` that compiles variants on request; use it as a context manager."""
+
+    def __init__(self) -> None:
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "twn_kernels.testing.aot", "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def compile(self, arch: int, variant: str) -> AotReport:
+        """The report of one variant by its name.
+
+        Raises:
+            RuntimeError: it does not compile; the message holds the compiler's.
+        """
+        self._process.stdin.write(json.dumps({"arch": arch, "variant": variant}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the compiling process ended (exit status {self._process.wait()}) at {variant}, sm_{arch}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"{variant} does not compile for sm_{arch}: {answer['error']}")
+        return AotReport(**{**answer, "tensor_core": tuple(answer["tensor_core"])})
+
+    def __enter__(self) -> AotWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+def _serve() -> None:
+    """Answer one JSON line of :class:`AotWorker` after the other."""
+    from twn_kernels.impl.triton.variants import variants
+
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a compiler prints must not mix with the answers
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            named = {variant.name: variant for variant in variants(request["arch"])}
+            answer = _compile_variant(named[request["variant"]], request["arch"]).to_dict()
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _main(arguments: list[str]) -> None:
+    if arguments == ["--serve"]:
+        _serve()
+        return
+    for arch in [int(argument) for argument in arguments] or [80, 90, 100]:
+        for report in static_report(arch):
+            print(json.dumps(report.to_dict()), flush=True)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
