@@ -1,0 +1,262 @@
+"""``twn-kernels embed``: from files to inputs, and from vectors and details to files.
+
+Owns the file formats and their errors (with line numbers) and writes nothing until everything is embedded; the two
+output files then appear whole or not at all. Embedding itself is the pipeline's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from twn_kernels.errors import InputError, OptionError, did_you_mean, quoted
+
+__all__ = ["IMAGE_SUFFIXES", "Source", "read_inputs", "run", "write_outputs"]
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_FORMATS = (".safetensors", ".npy")
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
+# Keys of an object whose strings are paths, taken relative to the file that names them.
+_MEDIA = ("image", "images", "page", "pages", "path", "video", "videos")
+
+
+class Source(NamedTuple):
+    """One input and where it came from, for the details."""
+
+    value: str | dict | list
+    name: str
+    line: int | None = None
+
+
+def run(arguments: argparse.Namespace, device, print_json: Callable) -> None:
+    """Embed what the arguments name and report what was written.
+
+    Raises:
+        InputError: an input file is missing, malformed or empty.
+        OptionError: an option is out of range or an output file exists.
+    """
+    out, details_path = _outputs(arguments)
+    _check_options(arguments)
+    sources = read_inputs(arguments.inputs, whole_files=arguments.whole_files)
+    from twn_kernels.pipeline import TWNEmbedder
+
+    embedder = TWNEmbedder.from_pretrained(arguments.model, arguments.checkpoint, **_loading(arguments, device))
+    vectors, details = embedder.encode(
+        [source.value for source in sources],
+        prompt=arguments.prompt,
+        batch_size=arguments.batch_size,
+        show_progress_bar=not arguments.quiet,
+        truncate_dim=arguments.truncate_dim,
+        think=arguments.think,
+        think_threshold=arguments.threshold,
+        max_think_tokens=arguments.max_think_tokens,
+        return_details=True,
+    )
+    write_outputs(out, details_path, vectors, _rows(sources, details))
+    thought = sum(bool(row.get("thought")) for row in _rows(sources, details))
+    report = {
+        "vectors": str(out),
+        "details": str(details_path),
+        "inputs": len(sources),
+        "dimensions": int(vectors.shape[1]),
+        "thought": thought,
+    }
+    if arguments.json:
+        print_json(report)
+    else:
+        print(f"{len(sources)} inputs, {vectors.shape[1]} dimensions, {thought} thought: {out} and {details_path}")
+
+
+def _outputs(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    out = Path(arguments.out).expanduser()
+    if out.suffix not in _FORMATS:
+        raise OptionError(f'--out must end in {" or ".join(_FORMATS)}, got "{out.name}".')
+    if not out.parent.is_dir():
+        raise OptionError(f'--out: the directory "{out.parent}" does not exist. Create it first.')
+    details = out.with_suffix(".jsonl")
+    for path in (out, details):
+        if path.exists() and not arguments.overwrite:
+            raise OptionError(f'--out: "{path}" exists. Name another file, or replace it with --overwrite.')
+    if details.resolve() in [Path(name).expanduser().resolve() for name in arguments.inputs]:
+        raise OptionError(f'--out: the details would replace the input "{details}". Name another file.')
+    return out, details
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    if arguments.dtype not in _DTYPES:
+        near = did_you_mean(arguments.dtype, _DTYPES)
+        raise OptionError(f'--dtype must be one of {quoted(_DTYPES)}, got "{arguments.dtype}".{near}')
+    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
+        raise OptionError(f"--threshold must be from 0 to 1 (a gate score), got {arguments.threshold}.")
+    for name in ("batch_size", "max_think_tokens", "truncate_dim"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise OptionError(f"--{name.replace('_', '-')} must be 1 or more, got {value}.")
+
+
+def _loading(arguments: argparse.Namespace, device) -> dict:
+    import torch
+
+    dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    return {"device": device, "dtype": dtype, "impl": arguments.impl}
+
+
+def read_inputs(paths: list[str], *, whole_files: bool = False) -> list[Source]:
+    """Read every input that the paths name, in order.
+
+    Args:
+        paths: JSONL files, text files, images, or folders of images.
+        whole_files: make each text file one input rather than each of its lines.
+
+    Returns:
+        The inputs; blank lines of text files are left out.
+
+    Raises:
+        InputError: a path is missing, unreadable, malformed (with its line) or holds nothing.
+    """
+    sources = []
+    for name in paths:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found = _from_folder(path)
+        elif not path.exists():
+            raise InputError(f'input "{name}" does not exist.')
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            found = [Source({"image": str(path)}, str(path))]
+        elif path.suffix.lower() == ".jsonl":
+            found = _from_jsonl(path)
+        else:
+            found = _from_text(path, whole_files)
+        if not found:
+            what = "images" if path.is_dir() else "inputs"
+            raise InputError(f'"{name}" holds no {what}; expected at least one.')
+        sources += found
+    return sources
+
+
+def _from_folder(folder: Path) -> list[Source]:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if images and len(images) < len(files):
+        others = len(files) - len(images)
+        print(f"twn-kernels embed: {folder}: {others} files that are no images are left out", file=sys.stderr)
+    return [Source({"image": str(path)}, str(path)) for path in images]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        known = f"Images are known by their suffix: {quoted(IMAGE_SUFFIXES)}."
+        raise InputError(f'"{path}" is not UTF-8 text (byte {error.start}). {known}') from None
+    except OSError as error:
+        raise InputError(f'"{path}" cannot be read: {error.strerror or error}.') from error
+
+
+def _from_text(path: Path, whole_file: bool) -> list[Source]:
+    text = _read(path)
+    if whole_file:
+        return [Source(text, str(path))] if text.strip() else []
+    # Only real newlines end an input: str.splitlines would also split at separators inside a sentence.
+    lines = text.replace("\r\n", "\n").split("\n")
+    return [Source(line, str(path), number) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _from_jsonl(path: Path) -> list[Source]:
+    sources = []
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f'"{path}", line {number}: not JSON: {error.msg} at column {error.colno}.') from None
+        _check_value(value, path, number)
+        sources.append(Source(_resolved(value, path.parent), str(path), number))
+    return sources
+
+
+def _check_value(value, path: Path, number: int) -> None:
+    where = f'"{path}", line {number}'
+    if not isinstance(value, (str, dict, list)):
+        raise InputError(f"{where}: expected a string, an object of modalities or a list of messages, got {value!r}.")
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise InputError(f"{where}: the input is empty.")
+    if isinstance(value, list) and not all(isinstance(entry, dict) and "role" in entry for entry in value):
+        raise InputError(f'{where}: a list must hold chat messages, each an object with "role" and "content".')
+
+
+def _resolved(value, folder: Path):
+    """The same input with its relative media paths taken from the folder of the file that names them."""
+    if isinstance(value, list):
+        return [_resolved(entry, folder) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    out = {}
+    for key, entry in value.items():
+        if key in _MEDIA and isinstance(entry, str):
+            out[key] = _local(entry, folder)
+        elif key in _MEDIA and isinstance(entry, list):
+            out[key] = [_local(item, folder) if isinstance(item, str) else item for item in entry]
+        else:
+            out[key] = _resolved(entry, folder)
+    return out
+
+
+def _local(name: str, folder: Path) -> str:
+    return name if "://" in name or name.startswith(("data:", "~")) else str(folder / name)
+
+
+def _rows(sources: list[Source], details: list) -> list[dict]:
+    rows = []
+    for index, (source, detail) in enumerate(zip(sources, details, strict=True)):
+        fields = dataclasses.asdict(detail) if dataclasses.is_dataclass(detail) else dict(detail)
+        rows.append({"index": index, "source": source.name, "line": source.line, **fields})
+    return rows
+
+
+def write_outputs(out: Path, details_path: Path, vectors, rows: list[dict]) -> None:
+    """Write both files beside their final names and then move them there.
+
+    Args:
+        out: ``.safetensors`` (one tensor, ``embeddings``) or ``.npy``.
+        details_path: JSONL, one line an input in the order of the vectors.
+        vectors: fp32 ``[inputs, dimensions]``, a numpy array.
+        rows: one dict an input, ready for JSON.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    staged = [path.with_name(f".{path.name}.{os.getpid()}") for path in (out, details_path)]
+    try:
+        with open(staged[0], "wb") as file:
+            file.write(_encoded(out.suffix, vectors))
+        with open(staged[1], "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for path, target in zip(staged, (out, details_path), strict=True):
+            os.replace(path, target)
+    except OSError as error:
+        raise InputError(f'"{out}" cannot be written: {error.strerror or error}.') from error
+    finally:
+        for path in staged:
+            path.unlink(missing_ok=True)
+
+
+def _encoded(suffix: str, vectors) -> bytes:
+    if suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        return save({"embeddings": vectors})
+    import io
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, vectors, allow_pickle=False)
+    return buffer.getvalue()
