@@ -54,8 +54,8 @@ class DualLoRALinear(nn.Linear):
     """A linear layer with a ``reasoning`` and an ``embedding`` adapter, each token using those that its route selects.
 
     ``weight`` and ``bias`` are those of ``nn.Linear``; ``lora_A`` and ``lora_B`` are keyed by adapter, so a state dict
-    has ``weight``, ``lora_A.reasoning``, ``lora_B.reasoning`` and so on. An adapter that does not touch this layer has no
-    entry.
+    has ``weight``, ``lora_A.reasoning``, ``lora_B.reasoning`` and so on. An adapter that does not touch this layer has
+    no entry.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
@@ -124,7 +124,9 @@ class DualLoRALinear(nn.Linear):
             raise PatchError(f'layer "{path}" must be a plain nn.Linear to adopt, got {type(linear).__name__}.')
         for name in adapters:
             if name not in ADAPTERS:
-                raise OptionError(f"adapter must be one of {quoted(ADAPTERS)}, got {name!r}.{did_you_mean(name, ADAPTERS)}")
+                raise OptionError(
+                    f"adapter must be one of {quoted(ADAPTERS)}, got {name!r}.{did_you_mean(name, ADAPTERS)}"
+                )
         linear.__class__ = cls
         try:
             linear._attach(adapters, routing, impl=impl, path=path, follows_rows=follows_rows)
@@ -162,7 +164,7 @@ class DualLoRALinear(nn.Linear):
 
         Args:
             input: ``[..., in_features]``.
-            plan: over the tokens of ``input``; None: what :attr:`routing` says (base only, where nothing was asked for).
+            plan: over the tokens of ``input``; None: what :attr:`routing` says (base only outside scopes).
 
         Returns:
             ``[..., out_features]``.

@@ -1,8 +1,8 @@
 """The route that a model's layers follow: what was asked for, and the plan it becomes for a forward's tokens.
 
-A patched model has one :class:`RouteState`, shared by all of its dual-LoRA layers. A spec builds one plan for each shape
-and device and keeps it, so that every layer of a forward, and every decode step, uses the same tensor. Which rows and
-tokens a layer sees is read from its input; nothing is read from the device.
+A patched model has one :class:`RouteState`, shared by all of its dual-LoRA layers. A spec builds one plan for each
+shape and device and keeps it, so that every layer of a forward, and every decode step, uses the same tensor. Which rows
+and tokens a layer sees is read from its input; nothing is read from the device.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RouteSpec:
         return plan
 
     def _keep(self, key: tuple, plan: RoutePlan, device: torch.device) -> None:
-        # A tensor made during capture lives in the graph's memory and holds nothing until a replay; a fake one never does.
+        # A tensor made during capture lives in the graph's memory and is empty until a replay; a fake one always is.
         if type(plan.routes) is not Tensor or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
         if len(self._plans) >= _KEPT_PLANS:
@@ -149,7 +149,8 @@ class RowSpec(_PerRowSpec):
         self.routes = torch.tensor(list(bits), dtype=torch.int8).to(device)
 
     def plan_for(self, x, layer, state) -> RoutePlan | None:
-        if self.bits == 0 and getattr(layer, "follows_rows", True) and x.dim() > 2 and not torch.compiler.is_compiling():
+        # No plan is built for base-only rows, but their number is still held to the batch's.
+        if self.bits == 0 and x.dim() > 2 and getattr(layer, "follows_rows", True):
             self._grid(x.shape[:-1], layer, state)
         return super().plan_for(x, layer, state)
 
@@ -188,8 +189,8 @@ class TokenSpec(_PerRowSpec):
             routes = self.routes[:, -1:]
         else:
             raise ShapeError(
-                f"{self.describe()} was given, but {_name(layer)} got {tokens} tokens a row. A forward must have exactly "
-                "that shape, or one token a row after it (each row then keeps its last route)."
+                f"{self.describe()} was given, but {_name(layer)} got {tokens} tokens a row. A forward must have "
+                "exactly that shape, or one token a row after it (each row then keeps its last route)."
             )
         routes = routes.to(device)
         if copies > 1:
@@ -254,7 +255,7 @@ class RouteState:
         self.spec, self.expand = before
 
     def plan_for(self, x: Tensor, layer: torch.nn.Module, spec: RouteSpec | None = None) -> RoutePlan | None:
-        """The plan of ``spec`` (None: the one in force) for the tokens of ``x``; None where no token uses an adapter."""
+        """The plan of ``spec`` (None: the one in force) for the tokens of ``x``; None where all run the base alone."""
         spec = self.current if spec is None else spec
         if layer.training and not torch.compiler.is_compiling():
             self._check_replay(spec, layer)
@@ -267,9 +268,9 @@ class RouteState:
         elif not self.replaying and not spec.same_as(self._last):
             was = "none" if self._last is None else self._last.describe()
             raise PatchError(
-                f"{_name(layer)} is recomputed by activation checkpointing under another route ({spec.describe()}) than "
-                f"the last forward's ({was}), so its gradients would be wrong. Call backward inside the same route(...) "
-                "scope, or use the model's own gradient_checkpointing_enable(), which patch() makes remember routes."
+                f"{_name(layer)} is recomputed by activation checkpointing under another route ({spec.describe()}) "
+                f"than the last forward's ({was}), so its gradients would be wrong. Call backward inside the same "
+                "route(...) scope, or use the model's own gradient_checkpointing_enable(), which remembers routes."
             )
 
 

@@ -1,6 +1,7 @@
-"""Drop-in adapters for HuggingFace models: ``patch``, ``unpatch``, ``route``, ``status``. The only place that knows model classes."""
+"""Drop-in adapters for HuggingFace models. The only place that knows model classes."""
 
 from twn_kernels.patching.apply import patch, unpatch
 from twn_kernels.patching.scope import route
+from twn_kernels.patching.status import LayerStatus, Status, adapters_of, status
 
-__all__ = ["patch", "route", "unpatch"]
+__all__ = ["LayerStatus", "Status", "adapters_of", "patch", "route", "status", "unpatch"]

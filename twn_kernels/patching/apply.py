@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from twn_kernels.checkpoint import Checkpoint, load_checkpoint
@@ -20,7 +19,7 @@ from twn_kernels.patching.peft_sites import adapter_names, holds_peft_layers, pe
 from twn_kernels.patching.record import PatchRecord, find_record, require_record
 from twn_kernels.patching.specs import choose_targets, family_of, follows_rows
 from twn_kernels.patching.surroundings import Surroundings
-from twn_kernels.settings import ADAPTERS, ROUTE_BITS
+from twn_kernels.settings import ADAPTERS, IMPLS, ROUTE_BITS
 
 __all__ = ["patch", "unpatch"]
 
@@ -44,8 +43,8 @@ def patch(
     :func:`~twn_kernels.patching.route` scope says otherwise, a plain model runs its base alone, and a PEFT model what
     PEFT's own state says.
 
-    Layers stay the same objects: weights, their names, hooks, device, dtype and ``requires_grad`` are not touched, and no
-    base weight is copied. ``state_dict()`` gains ``<layer>.lora_A.<adapter>`` and ``<layer>.lora_B.<adapter>``;
+    Layers stay the same objects: weights, their names, hooks, device, dtype and ``requires_grad`` are not touched, and
+    no base weight is copied. ``state_dict()`` gains ``<layer>.lora_A.<adapter>`` and ``<layer>.lora_B.<adapter>``;
     ``save_pretrained`` still writes the base alone (see :func:`~twn_kernels.patching.adapters_of` for the adapters).
 
     Args:
@@ -63,7 +62,7 @@ def patch(
         ``model`` itself.
 
     Raises:
-        PatchError: nothing to patch, adapters missing or too many, or the model is patched already with other arguments.
+        PatchError: nothing to patch, adapters missing or too many, or the model is patched with other arguments.
         UnsupportedModel: layers that cannot be fused exactly, all listed.
         CheckpointError: the checkpoint cannot be read, or does not fit the model.
         OptionError: an argument out of range, or one that the adapters' source decides.
@@ -83,7 +82,9 @@ def patch(
         return _patch_peft(model, adapter_names(model, names), fuse, impl)
     if set(names) != set(ADAPTERS):
         near = "".join(did_you_mean(name, ADAPTERS) for name in names if name not in ADAPTERS)
-        raise OptionError(f"adapters must be {quoted(ADAPTERS)} unless the model holds PEFT's, got {quoted(names)}.{near}")
+        raise OptionError(
+            f"adapters must be {quoted(ADAPTERS)} unless the model holds PEFT's, got {quoted(names)}.{near}"
+        )
     if checkpoint is not None:
         _no_other_source(targets=targets, rank=rank, source="the checkpoint")
         return _patch_checkpoint(model, checkpoint, fuse, impl)
@@ -117,23 +118,17 @@ def _check_options(model: nn.Module, adapters: Sequence[str], rank: int, fuse: b
     check_rank(rank)
     if not isinstance(fuse, bool):
         raise OptionError(f"fuse must be True or False, got {fuse!r}.")
-    choice.resolve(impl, torch.device("cpu"), torch.float32) if impl in ("auto", "reference") else _check_impl_name(impl)
-    return tuple(adapters)
-
-
-def _check_impl_name(impl: str) -> None:
-    from twn_kernels.settings import IMPLS
-
     if impl not in IMPLS:
         raise OptionError(f"impl must be one of {quoted(IMPLS)}, got {impl!r}.{did_you_mean(impl, IMPLS)}")
+    return tuple(adapters)
 
 
 def _no_other_source(*, source: str, rank: int, targets: Any, checkpoint: Any = None) -> None:
     given = {"checkpoint": checkpoint is not None, "targets": targets is not None, "rank": rank != _DEFAULT_RANK}
     if named := [name for name, is_given in given.items() if is_given]:
         raise OptionError(
-            f"{' and '.join(named)} cannot be given here: {source} decide{'s' if source == 'the checkpoint' else ''} that. "
-            "Leave it out, or patch a plain model."
+            f"{' and '.join(named)} cannot be given together with {source}, which already says that. "
+            "Leave it out, or patch a plain model without."
         )
 
 
@@ -182,9 +177,7 @@ def _patch_fresh(model: nn.Module, targets: Any, rank: int, fuse: bool, impl: st
     layers = choose_targets(model, targets, family_of(model))
     _check_linears(layers)
     _check_weights(layers, impl)
-    found = {
-        path: {name: LayerAdapter.fresh(linear, rank) for name in ADAPTERS} for path, linear in layers.items()
-    }
+    found = {path: {name: LayerAdapter.fresh(linear, rank) for name in ADAPTERS} for path, linear in layers.items()}
     record = _plain_record(model, "fresh", request, layers, fuse, impl)
     return _swap(model, record, _adoptions(record, found))
 
@@ -245,7 +238,9 @@ def _raise_unsupported(problems: Mapping[str, list[str]]) -> None:
     if problems:
         lines = [f"  {problem}: {', '.join(collapse(paths))}" for problem, paths in problems.items()]
         raise UnsupportedModel(
-            "these targets cannot be patched exactly:\n" + "\n".join(lines) + "\nName other targets=..., or a plain model."
+            "these targets cannot be patched exactly:\n"
+            + "\n".join(lines)
+            + "\nName other targets=..., or a plain model."
         )
 
 

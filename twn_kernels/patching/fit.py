@@ -37,9 +37,11 @@ def fit_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> dict[str, dict[s
             fitted[name] = _fit_adapter(model, checkpoint.adapters[name], linears, problems)
     if problems:
         source = f" ({checkpoint.source})" if checkpoint.source else ""
-        base = f" The checkpoint names its base: {checkpoint.base_model_name}." if checkpoint.base_model_name else ""
+        base = f"\nThe checkpoint names its base: {checkpoint.base_model_name}." if checkpoint.base_model_name else ""
         raise CheckpointError(
-            f"the checkpoint{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems) + f"\n{base}".rstrip()
+            f"the checkpoint{source} does not fit {type(model).__name__}:\n  "
+            + "\n  ".join(problems)
+            + f"\n{base}".rstrip()
         )
     return fitted
 
@@ -114,7 +116,7 @@ def layer_adapters(
 
 
 def checksum(checkpoint: Checkpoint) -> tuple:
-    """What two checkpoints of equal adapters share: layers, shapes, scalings, and an exact sum of every tensor's bits."""
+    """What two checkpoints of equal adapters share: layers, shapes, scalings, and a sum over each tensor's bits."""
     return tuple(
         (name, layer, weights.scaling, adapter.config.lora_dropout, _bits(weights.A), _bits(weights.B))
         for name, adapter in sorted(checkpoint.adapters.items())
@@ -125,4 +127,8 @@ def checksum(checkpoint: Checkpoint) -> tuple:
 def _bits(tensor: Tensor) -> tuple:
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     flat = tensor.detach().contiguous().view(words).flatten().long()
-    return str(tensor.dtype), tuple(tensor.shape), int((flat * torch.arange(1, flat.numel() + 1, device=flat.device)).sum())
+    return (
+        str(tensor.dtype),
+        tuple(tensor.shape),
+        int((flat * torch.arange(1, flat.numel() + 1, device=flat.device)).sum()),
+    )

@@ -57,8 +57,8 @@ class PeftRouteState(RouteState):
         if name in self.adapters:
             return 1 << self.adapters.index(name)
         raise PatchError(
-            f'adapter "{name}" is active on layer "{path}", but the model was patched for {quoted(self.adapters)} alone. '
-            "Activate one of these, or unpatch the model first."
+            f'adapter "{name}" is active on layer "{path}", but the model was patched for {quoted(self.adapters)} '
+            "alone. Activate one of these, or unpatch the model first."
         )
 
 
@@ -66,7 +66,9 @@ class DualPeftLinear(Linear):
     """A ``peft.tuners.lora.Linear`` whose two adapters run fused; made in place by :meth:`adopt`."""
 
     @classmethod
-    def adopt(cls, layer: Linear, routing: PeftRouteState, *, impl: str, path: str, follows_rows: bool) -> DualPeftLinear:
+    def adopt(
+        cls, layer: Linear, routing: PeftRouteState, *, impl: str, path: str, follows_rows: bool
+    ) -> DualPeftLinear:
         """Turn PEFT's ``layer`` itself into a fused one; everything PEFT keeps on it stays."""
         layer.__class__ = cls
         layer.routing, layer.impl, layer.path, layer.follows_rows = routing, impl, path, follows_rows
@@ -83,8 +85,8 @@ class DualPeftLinear(Linear):
         """The layer's output ``[..., out_features]``; PEFT's arguments keep their meaning.
 
         Raises:
-            PatchError: an adapter outside the two is active, a scope meets merged weights or ``adapter_names``, or hooks
-                were put on the inner base layer.
+            PatchError: an adapter outside the two is active, a scope meets merged weights or ``adapter_names``, or
+                hooks were put on the inner base layer.
         """
         names = kwargs.get("adapter_names")
         spec = self.routing.spec
@@ -124,7 +126,7 @@ class DualPeftLinear(Linear):
     def _check_scope(self, names: list[str] | None) -> None:
         if names is not None:
             raise PatchError(
-                "adapter_names= was given inside a route(...) scope; both say which adapter a row uses. Give one of them."
+                "adapter_names= was given inside a route(...) scope; both say which adapter a row uses. Give one."
             )
         if self.merged:
             raise PatchError(

@@ -29,8 +29,8 @@ def route(model: nn.Module, spec: str | Sequence[str | None] | Tensor | RoutePla
             - ``"reasoning"``, ``"embedding"``, ``"both"`` or None (base only), for every token;
             - a list of those, one for each row of the batch, at any sequence length: prefill and each decode step.
               Under beams or several returned sequences, the copies of a row follow it;
-            - an int8 tensor ``[batch, seq]`` of 0 base only, 1 reasoning, 2 embedding, 3 both. A forward must have exactly
-              that shape; later steps of one token a row continue each row's last route;
+            - an int8 tensor ``[batch, seq]`` of 0 base only, 1 reasoning, 2 embedding, 3 both. A forward must have
+              exactly that shape; later steps of one token a row continue each row's last route;
             - a :class:`~twn_kernels.ops.RoutePlan` over the forward's tokens, whose routes may be refreshed in place.
 
     Yields:
@@ -82,7 +82,9 @@ def _bits(record: PatchRecord, name: Any) -> int:
     if isinstance(name, str) and name in record.names:
         return record.names[name]
     loaded = sorted(record.names)
-    raise PatchError(f'adapter "{name}" is not loaded; loaded: {quoted(loaded)}.{did_you_mean(name, [*loaded, "both"])}')
+    raise PatchError(
+        f'adapter "{name}" is not loaded; loaded: {quoted(loaded)}.{did_you_mean(name, [*loaded, "both"])}'
+    )
 
 
 def _token_spec(routes: Tensor) -> TokenSpec:
@@ -97,9 +99,8 @@ def _token_spec(routes: Tensor) -> TokenSpec:
     if routes.device.type == "cpu" and routes.numel():
         low, high = int(routes.min()), int(routes.max())
         if low < 0 or high > BOTH:
-            raise OptionError(
-                f"routes must lie in 0 … 3 (0 base only, 1 reasoning, 2 embedding, 3 both), got {low if low < 0 else high}."
-            )
+            got = low if low < 0 else high
+            raise OptionError(f"routes must lie in 0 … 3 (0 base only, 1 reasoning, 2 embedding, 3 both), got {got}.")
     return TokenSpec(routes)
 
 

@@ -1,7 +1,7 @@
 """The one table of what is known about model families, and how targets are chosen from it.
 
-A family missing here works all the same: its targets are then every ``nn.Linear`` outside vision and audio towers, except
-the output embeddings. A row adds which linears form a site group, so that blocks can be built from them.
+A family missing here works all the same: its targets are then every ``nn.Linear`` outside vision and audio towers,
+except the output embeddings. A row adds which linears form a site group, so that blocks can be built from them.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def choose_targets(
         model: any model.
         targets: None: the family's site groups, or every ``nn.Linear`` outside towers and output embeddings where the
             family is unknown. A list: modules whose path is, or ends in, one of its names. A string: one regex over the
-            whole path, or ``"all-linear"``: every ``nn.Linear`` except the output embeddings. Lists and strings mean what
-            they mean as PEFT's ``target_modules``, so they reach into a tower where they match there.
+            whole path, or ``"all-linear"``: every ``nn.Linear`` except the output embeddings. Lists and strings mean
+            what they mean as PEFT's ``target_modules``, so they reach into a tower where they match there.
         spec: the family, where known.
 
     Raises:
@@ -139,14 +139,17 @@ def choose_targets(
     linears = {path: module for path, module in modules.items() if isinstance(module, nn.Linear)}
     if targets is None or targets == "all-linear":
         heads = output_embeddings(model)
-        keep = spec.is_target if targets is None and spec is not None else (
-            lambda path: targets is not None or not in_tower(path)
+        keep = (
+            spec.is_target
+            if targets is None and spec is not None
+            else (lambda path: targets is not None or not in_tower(path))
         )
         chosen = {path: module for path, module in linears.items() if id(module) not in heads and keep(path)}
         if not chosen:
+            ends = quoted(sorted({path.rsplit(".", 1)[-1] for path in linears}))
             raise PatchError(
-                f"{type(model).__name__} has no nn.Linear to patch{_where(spec)}. Name its linears with targets=..., from: "
-                f"{quoted(sorted({path.rsplit('.', 1)[-1] for path in linears}))}."
+                f"{type(model).__name__} has no nn.Linear to patch{_where(spec)}. "
+                f"Name its linears with targets=..., from: {ends}."
             )
         return chosen
     if isinstance(targets, str):
@@ -178,9 +181,7 @@ def _by_names(
     modules: dict[str, nn.Module], linears: dict[str, nn.Module], targets: Sequence[str]
 ) -> dict[str, nn.Module]:
     if not isinstance(targets, (list, tuple, set, frozenset)) or not targets:
-        raise OptionError(
-            f"targets must be None, a list of module names or one regular expression, got {targets!r}."
-        )
+        raise OptionError(f"targets must be None, a list of module names or one regular expression, got {targets!r}.")
     if wrong := [name for name in targets if not isinstance(name, str)]:
         raise OptionError(f"targets must hold module names, got {wrong[0]!r}.")
     ends = sorted({path.rsplit(".", 1)[-1] for path in linears if not path.rsplit(".", 1)[-1].isdigit()})

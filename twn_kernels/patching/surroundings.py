@@ -1,8 +1,8 @@
 """What a patched model needs around its layers, all on the instance and all undone by ``unpatch``.
 
 ``save_pretrained`` must write the base alone; activation checkpointing must replay a block under the route of its
-forward; ``generate`` must tell how often it copies each row; and a running model must tell its batch's shape, for layers
-whose input has lost it. Nothing here imports transformers: what a module offers is read from its class.
+forward; ``generate`` must tell how often it copies each row; and a running model must tell its batch's shape, for
+layers whose input has lost it. Nothing here imports transformers: what a module offers is read from its class.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models of the real HuggingFace classes, small enough to run anywhere, with random weights that make each layer matter.
+"""Models of the real HuggingFace classes, small enough to run anywhere, with weights that make each layer matter.
 
 Nothing is downloaded. The stock initialisation (std 0.02) leaves such small models nearly constant, so that a wrong
 adapter hardly moves an output; here every matrix keeps the variance of its input, and norms and biases are not neutral.

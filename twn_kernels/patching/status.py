@@ -1,0 +1,231 @@
+"""What a patched model runs, why, and what the patch costs; and its adapters, to keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from twn_kernels.errors import ImplUnavailable
+from twn_kernels.ops import LoRA, choice
+from twn_kernels.patching.names import collapse
+from twn_kernels.patching.record import PatchRecord, find_record, require_record
+from twn_kernels.patching.specs import FamilySpec
+from twn_kernels.settings import ADAPTERS
+
+__all__ = ["LayerStatus", "Status", "adapters_of", "status"]
+
+_SOURCES = {
+    "peft": "PEFT's own, in the model",
+    "checkpoint": "a checkpoint",
+    "fresh": "fresh (lora_B started at 0)",
+}
+_DEFAULTS = {"peft": "as PEFT's own state says (active adapters, disable_adapter, adapter_names)"}
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """One patched layer.
+
+    Attributes:
+        layer: its path.
+        group: its site group (``qkv``, ``o``, ``gate_up``, ``down``); None where the family's table has none.
+        impl: which implementation serves it now; None where none can.
+        why: the reason for that.
+        ranks: by adapter; an adapter that does not touch the layer is absent.
+        dtypes: of the adapters.
+        base_dtype, device: of the base weight.
+        adapter_bytes: of the adapters' tensors.
+        added_bytes: what ``patch`` added (0 where PEFT had put the adapters there).
+        by_row: whether each row may have a route of its own here; otherwise one route serves all rows.
+    """
+
+    layer: str
+    group: str | None
+    impl: str | None
+    why: str
+    ranks: dict[str, int]
+    dtypes: dict[str, str]
+    base_dtype: str
+    device: str
+    adapter_bytes: int
+    added_bytes: int
+    by_row: bool
+
+
+@dataclass(frozen=True)
+class Status:
+    """A patched (or plain) model at a glance; ``print`` it, or take :meth:`to_dict`.
+
+    Attributes:
+        model: its class.
+        patched: whether it is.
+        family: row of the table of families; None: unknown, or not patched.
+        level: ``"linear"``.
+        level_note: what ``fuse`` came to, and how the targets were chosen.
+        adapters: where the adapters came from.
+        default_route: what layers use outside every ``route`` scope.
+        current_route: what they use now.
+        base_bytes: of all other parameters of the model.
+        added_bytes: what ``patch`` added.
+        layers: one entry a patched layer.
+    """
+
+    model: str
+    patched: bool
+    family: str | None = None
+    level: str | None = None
+    level_note: str = ""
+    adapters: str = ""
+    default_route: str = ""
+    current_route: str = ""
+    base_bytes: int = 0
+    added_bytes: int = 0
+    layers: tuple[LayerStatus, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        if not self.patched:
+            return f"{self.model}: not patched"
+        share = f" ({self.added_bytes / self.base_bytes:.2%} of the base)" if self.base_bytes else ""
+        lines = [
+            f"{self.model}: {len(self.layers)} layers patched, {self.level} level",
+            f"  family         {self.family or 'unknown'}",
+            f"  note           {self.level_note}",
+            f"  adapters       {self.adapters}",
+            f"  default route  {self.default_route}",
+            f"  current route  {self.current_route}",
+            f"  bytes added    {self.added_bytes:,}{share}",
+        ]
+        groups: dict[tuple, list[LayerStatus]] = {}
+        for layer in self.layers:
+            key = (layer.impl, layer.why, *layer.ranks.items(), *layer.dtypes.items(), layer.base_dtype, layer.device)
+            groups.setdefault((*key, layer.by_row), []).append(layer)
+        for layers in groups.values():
+            lines += _printed(layers)
+        return "\n".join(lines)
+
+
+def status(model: nn.Module) -> Status:
+    """What runs in each layer of ``model``, why, and what the patch added; reads no device data.
+
+    Args:
+        model: patched or not, or a wrapper of a patched one.
+    """
+    record = find_record(model)
+    if record is None:
+        return Status(type(model).__name__, False)
+    layers = tuple(_layer_status(path, layer, record) for path, layer in record.layers.items())
+    adapter_bytes = sum(layer.adapter_bytes for layer in layers)
+    everything = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    current = record.state.current
+    return Status(
+        model=type(model).__name__,
+        patched=True,
+        family=None if record.family is None else record.family.model_types[0],
+        level="linear",
+        level_note=_level_note(record),
+        adapters=_SOURCES[record.kind],
+        default_route=_DEFAULTS.get(record.kind, "base only"),
+        current_route=_DEFAULTS["peft"] if current is None else current.describe(),
+        base_bytes=everything - adapter_bytes,
+        added_bytes=sum(layer.added_bytes for layer in layers),
+        layers=layers,
+    )
+
+
+def adapters_of(model: nn.Module) -> dict[str, dict[str, LoRA]]:
+    """The adapters of a patched model, by adapter and layer, to save or inspect; the tensors are the model's own.
+
+    Returns:
+        ``{"reasoning": {path: LoRA(A, B, scaling)}, "embedding": ...}``. Paths are those of the checkpoint where the
+        adapters came from one, else those of the model without PEFT's prefix.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    record = require_record(model, "adapters_of")
+    out: dict[str, dict[str, LoRA]] = {name: {} for name in ADAPTERS}
+    for path, layer in record.layers.items():
+        for name, lora in _loras(layer, record).items():
+            known = record.checkpoint_layers.get(name, {}).get(path)
+            out[name][known or path.removeprefix("base_model.model.")] = lora
+    return out
+
+
+def _loras(layer: nn.Module, record: PatchRecord) -> dict[str, LoRA]:
+    own = getattr(record.state, "adapters", ADAPTERS)
+    found = {name: layer.lora(inner) for name, inner in zip(ADAPTERS, own, strict=True)}
+    return {name: lora for name, lora in found.items() if lora is not None}
+
+
+def _layer_status(path: str, layer: nn.Module, record: PatchRecord) -> LayerStatus:
+    loras = _loras(layer, record)
+    weight = layer.weight
+    tensors = [tensor for lora in loras.values() for tensor in (lora.A, lora.B)]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    impl, why = _choice(layer, weight, loras)
+    return LayerStatus(
+        layer=path,
+        group=_group(record.family, path),
+        impl=impl,
+        why=why,
+        ranks={name: lora.A.shape[0] for name, lora in loras.items()},
+        dtypes={name: _short(lora.A.dtype) for name, lora in loras.items()},
+        base_dtype=_short(weight.dtype),
+        device=str(weight.device),
+        adapter_bytes=size,
+        added_bytes=0 if record.kind == "peft" else size,
+        by_row=layer.follows_rows,
+    )
+
+
+def _choice(layer: nn.Module, weight: torch.Tensor, loras: dict[str, LoRA]) -> tuple[str | None, str]:
+    try:
+        impl, why = choice.resolve(layer.impl, weight.device, weight.dtype)
+    except ImplUnavailable as error:
+        return None, str(error)
+    if getattr(layer, "merged", False):
+        return "PEFT", f"{', '.join(layer.merged_adapters)} merged into the base weight; run by PEFT"
+    dtypes = {lora.A.dtype for lora in loras.values()}
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    if dtypes != {weight.dtype} and not (half and dtypes == {torch.float32}):
+        stored = ", ".join(sorted(map(_short, dtypes)))
+        why += f"; adapters of {stored} are cast in every forward (store them in the base's dtype)"
+    return impl, why
+
+
+def _group(family: FamilySpec | None, path: str) -> str | None:
+    return None if family is None else family.group_of(path)
+
+
+def _level_note(record: PatchRecord) -> str:
+    fused = "fused blocks are not built yet" if record.fuse else "fused blocks were not asked for"
+    if record.family is not None:
+        return f"linear level; {fused}"
+    chosen = ""
+    if record.kind == "fresh" and record.request.get("targets") is None:
+        chosen = "; targets are every nn.Linear outside towers and output embeddings"
+    return f"linear level: the family is not in the table{chosen}; {fused}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _printed(layers: list[LayerStatus]) -> list[str]:
+    one = layers[0]
+    ranks = ", ".join(f"{name} {rank} ({one.dtypes[name]})" for name, rank in one.ranks.items()) or "none"
+    size = sum(layer.adapter_bytes for layer in layers)
+    lines = [f"  {path}" for path in collapse(layer.layer for layer in layers)]
+    lines.append(f"    impl {one.impl}: {one.why}")
+    lines.append(f"    base {one.base_dtype} on {one.device}; rank: {ranks}; adapters {size:,} bytes")
+    if not one.by_row:
+        lines.append("    one route for all rows: the tokens here do not belong to one row each")
+    return lines
