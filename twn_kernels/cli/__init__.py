@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for add in (_add_env, _add_doctor, _add_inspect, _add_convert, _add_embed, _add_demo):
         subparser = add(subparsers)
+        subparser.allow_abbrev = False  # a later option must not change what a script's short form means
         subparser.add_argument("--json", action="store_true", help="print the report as one JSON document")
         subparser.add_argument("--traceback", action="store_true", help="show where a failure happened")
     return parser
@@ -161,7 +162,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _add_convert(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "convert",
-        allow_abbrev=False,
         help="a .pt file or a TWN directory to safetensors; two PEFT adapters to a TWN directory",
         description="Either SOURCE (a .pt file, or a TWN directory that holds some), or --reasoning and --embedding.",
     )
@@ -209,7 +209,6 @@ def _convert_pair(arguments: argparse.Namespace) -> list:
 def _add_embed(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "embed",
-        allow_abbrev=False,
         help="embed JSONL, text files or a folder of images",
         description="Inputs: FILE.jsonl (a line is a JSON string, or an object such as "
         '{"text": "...", "image": "cat.png"}; media paths are relative to the file), a text file (one input a line; '

@@ -1,0 +1,118 @@
+"""The doctor finds what is broken: each check can turn red, and says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from twn_kernels import doctor, env
+from twn_kernels.impl.cuda import loader
+from twn_kernels.ops import choice
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def by_name(checks) -> dict[str, doctor.Check]:
+    return {check.name: check for check in checks}
+
+
+def test_everything_that_runs_here_is_ok():
+    checks = list(doctor.examine())
+    assert [str(check) for check in checks if check.status == doctor.FAIL] == []
+    names = {check.name for check in checks if check.status == doctor.OK}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for impl in ("reference", "blas", "triton"):
+        if choice.unavailable_reason(impl, device) is None:
+            for op in ("dual_lora_linear", "dual_lora_linear_fanout"):
+                for part in ("forward", "backward"):
+                    for dtype in doctor.DTYPES:
+                        assert f"{op} {part}, {impl}, {dtype}, {device}" in names
+
+
+def test_each_impl_that_cannot_run_gives_one_line_with_the_reason():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "twn_kernels", "doctor", "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("not available")]
+    (triton,) = [line for line in lines if "triton on cpu" in line]
+    assert "need a GPU" in triton and "TRITON_INTERPRET=1" in triton
+    assert len([line for line in lines if "cuda on cpu" in line]) == 1
+
+
+@pytest.fixture
+def only_blas(monkeypatch):
+    monkeypatch.setattr(doctor, "IMPLS", ("auto", "blas"))
+    return choice.load("blas")
+
+
+def _wrong_by(factor: float, real, position: int):
+    def run(*args):
+        out = list(real(*args))
+        out[position] = out[position] * factor
+        return tuple(out)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("function", "position", "red"),
+    [
+        ("forward", 0, "dual_lora_linear forward"),
+        ("fanout", 1, "dual_lora_linear_fanout forward"),
+        ("backward", 3, "dual_lora_linear backward"),
+    ],
+)
+def test_a_wrong_number_turns_its_check_red(only_blas, monkeypatch, function, position, red):
+    monkeypatch.setattr(only_blas, function, _wrong_by(1.03, getattr(only_blas, function), position))
+    checks = by_name(doctor.examine("cpu"))
+    for dtype in doctor.DTYPES:
+        check = checks[f"{red}, blas, {dtype}, cpu"]
+        assert check.status == doctor.FAIL
+        assert "is worse than torch: max error" in check.detail
+        assert check.fix.startswith("set TWN_IMPL=reference until it is repaired, and report it with")
+
+
+def test_a_crash_is_a_red_line_and_the_rest_goes_on(only_blas, monkeypatch):
+    def crash(*_):
+        raise RuntimeError("illegal instruction\nand more")
+
+    monkeypatch.setattr(only_blas, "fanout", crash)
+    checks = by_name(doctor.examine("cpu"))
+    red = checks["dual_lora_linear_fanout backward, blas, fp16, cpu"]
+    assert (red.status, red.detail) == (doctor.FAIL, "RuntimeError: illegal instruction")
+    assert checks["dual_lora_linear backward, blas, fp16, cpu"].status == doctor.OK
+
+
+def test_a_gpu_that_torch_does_not_see_is_red(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a GPU here")
+    monkeypatch.setattr(env, "collect_gpus", lambda: [{"name": "NVIDIA H100", "capability": "9.0"}])
+    check = next(doctor.examine())
+    assert (check.name, check.status) == ("GPU", doctor.FAIL)
+    assert "the driver lists NVIDIA H100, but torch" in check.detail
+    assert check.fix.startswith("install a CUDA build of torch")
+
+
+@pytest.mark.parametrize(("built", "status"), [(False, doctor.NOT_AVAILABLE), (True, doctor.FAIL)])
+def test_the_extension_absent_or_unloadable(monkeypatch, tmp_path, built, status):
+    monkeypatch.setattr(loader, "_PACKAGE", tmp_path)
+    loader.load.cache_clear()
+    (tmp_path / "_build_info.json").write_text(json.dumps({"built": built, "reason": "no nvcc when installing"}))
+    (tmp_path / "_C.abi3.so").write_bytes(b"no library")
+    check = by_name(doctor._installation(torch.device("cpu")))["CUDA extension"]
+    assert check.status == status
+    assert loader.REBUILD in check.fix + check.detail
+
+
+def test_the_last_line_counts():
+    checks = [doctor.Check("a", doctor.OK), doctor.Check("b", doctor.FAIL, "x", "y"), doctor.Check("c", doctor.OK)]
+    assert doctor.render(checks) == "2 ok, 1 FAIL, 0 not available"
+    assert str(checks[1]).splitlines() == ["FAIL           b: x", "               fix: y"]
