@@ -44,7 +44,9 @@ class Case:
         if self.routes == "suffix":
             suffix = min(5, self.tokens)
             return RoutePlan.from_segments([self.tokens - suffix, suffix], ["reasoning", "embedding"], device=device)
-        values = torch.arange(self.tokens) % 2 + 1 if self.routes == "alternating" else torch.randint(0, 4, (self.tokens,))
+        values = (
+            torch.arange(self.tokens) % 2 + 1 if self.routes == "alternating" else torch.randint(0, 4, (self.tokens,))
+        )
         return RoutePlan.from_routes(values.to(device, torch.int8))
 
 
@@ -87,9 +89,7 @@ def run(case: Case, inputs: dict, plan: RoutePlan, impl: str, *, fanout: bool = 
     adapters = [LoRA(leaves[f"{n}.A"], leaves[f"{n}.B"], inputs[n].scaling) for n in ("reasoning", "embedding")]
     op = dual_lora_linear_fanout if fanout else dual_lora_linear
     torch.manual_seed(seed)
-    out = op(
-        leaves["x"], inputs["weight"], leaves.get("bias"), *adapters, plan, dropout=case.dropout, impl=impl
-    )
+    out = op(leaves["x"], inputs["weight"], leaves.get("bias"), *adapters, plan, dropout=case.dropout, impl=impl)
     outputs = dict(zip(("y_reasoning", "y_embedding"), out, strict=True)) if fanout else {"y": out}
     generator = torch.Generator().manual_seed(1)
     pulls = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs.values()]

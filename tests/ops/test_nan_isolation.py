@@ -1,4 +1,4 @@
-"""NaN or Inf in a row, in an upstream gradient, or in an adapter stays with the rows that use it, in mixed tiles too."""
+"""NaN or Inf in a row, an upstream gradient or an adapter stays with the rows that use it, in mixed tiles too."""
 
 from __future__ import annotations
 

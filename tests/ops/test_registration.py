@@ -1,4 +1,4 @@
-"""Registration with torch: opcheck, fp64 gradcheck, fullgraph compilation without recompiles, no read of device data."""
+"""Registration with torch: opcheck, fp64 gradcheck, fullgraph without recompiles, no read of device data."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def test_compiled_training_step_equals_eager(impl, device):
         return dual_lora_linear(*args, impl=impl)
 
     torch._dynamo.reset()
-    for eager, compiled in zip(grads(step), grads(torch.compile(step, fullgraph=True, backend="aot_eager")), strict=True):
+    for eager, compiled in zip(
+        grads(step), grads(torch.compile(step, fullgraph=True, backend="aot_eager")), strict=True
+    ):
         assert torch.equal(eager, compiled)
 
 
 ADAPTERS = ("reasoning", "embedding")
-
-
 
 
 @pytest.mark.parametrize("uniform", [False, True], ids=["mixed", "uniform"])

@@ -66,7 +66,11 @@ BAD = {
         DtypeError,
         "reasoning.A must be torch.float32 next to an x of torch.float32, A and B alike, got torch.float16",
     ),
-    "B_dtype": (_lora(B=torch.zeros(24, 4).double()), DtypeError, "reasoning.B must be torch.float32 .* got torch.float64"),
+    "B_dtype": (
+        _lora(B=torch.zeros(24, 4).double()),
+        DtypeError,
+        "reasoning.B must be torch.float32 .* got torch.float64",
+    ),
     "two_dtypes": (
         lambda i: {
             "x": i["x"].half(),
@@ -93,7 +97,7 @@ BAD = {
         "plan.routes must be on the device of x",
     ),
     "dropout": (lambda i: {"dropout": (0.1, 1.0)}, OptionError, r"dropout must be two probabilities in \[0, 1\)"),
-    "impl": (lambda i: {"impl": "tritn"}, OptionError, 'impl must be one of .* got \'tritn\'. Did you mean "triton"'),
+    "impl": (lambda i: {"impl": "tritn"}, OptionError, "impl must be one of .* got 'tritn'. Did you mean \"triton\""),
 }
 
 
@@ -124,8 +128,8 @@ def test_the_environment_chooses_only_where_the_caller_left_auto(monkeypatch):
 
     cpu, fp32 = torch.device("cpu"), torch.float32
     monkeypatch.setenv("TWN_IMPL", "reference")
-    assert resolve("auto", cpu, fp32).impl == "reference"
-    assert resolve("blas", cpu, fp32).impl == "blas"
+    assert resolve("auto", cpu, fp32) == "reference"
+    assert resolve("blas", cpu, fp32) == "blas"
     monkeypatch.setenv("TWN_IMPL", "blass")
     with pytest.raises(OptionError, match='TWN_IMPL must be one of .* Did you mean "blas"'):
         resolve("auto", cpu, fp32)

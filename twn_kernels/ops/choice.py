@@ -24,8 +24,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """The implementation that serves ``impl`` on this device and dtype.
+def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that serves ``impl`` on this device and dtype; asks the device nothing where it can avoid it.
 
     Raises:
         OptionError: no such implementation.
@@ -36,27 +36,36 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if impl == "auto":
         override = impl_override()
         if override is None or override == "auto":
-            return explain(device, dtype)
+            return _auto(device, dtype)
         _check_name(override, ENV_IMPL)
         impl, source = override, f"{ENV_IMPL}="
-    reason = unavailable_reason(impl, device, dtype)
+    # A traced call is checked when it runs: what a device can do is no part of a graph.
+    reason = None if torch.compiler.is_compiling() else unavailable_reason(impl, device, dtype)
     if reason is not None:
         raise ImplUnavailable(
             f'{source}"{impl}" was asked for, but {reason} Or use impl="auto" (now: {_auto(device, dtype)}).'
         )
-    return Choice(impl, f'{source}"{impl}" was asked for')
+    return impl
+
+
+def chosen(impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """What :func:`resolve` takes, with the reason; raises as it does."""
+    taken = resolve(impl, device, dtype)
+    if impl != "auto":
+        return Choice(taken, f'impl="{impl}" was asked for')
+    return explain(device, dtype) if impl_override() in (None, "auto") else Choice(taken, f"{ENV_IMPL}={taken} is set")
 
 
 def explain(device: torch.device | str, dtype: torch.dtype) -> Choice:
     """What ``impl="auto"`` takes on this device and dtype, and why."""
     device = torch.device(device)
     if dtype == torch.float64:
-        return Choice("reference", "float64 is served by the reference alone")
-    if device.type == "cuda":
-        return Choice(
-            "blas", f"no committed measurement for {_device_name(device)} yet; the vendor GEMM is the safe choice"
-        )
-    return Choice("blas", f"{device.type} runs the vendor GEMM; the fused kernels need a GPU")
+        reason = "float64 is served by the reference alone"
+    elif device.type == "cuda":
+        reason = f"no committed measurement for {_device_name(device)} yet; the vendor GEMM is the safe choice"
+    else:
+        reason = f"{device.type} runs the vendor GEMM; the fused kernels need a GPU"
+    return Choice(_auto(device, dtype), reason)
 
 
 def unavailable_reason(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str | None:
@@ -121,4 +130,4 @@ def _device_name(device: torch.device) -> str:
 
 
 def _auto(device: torch.device, dtype: torch.dtype) -> str:
-    return explain(device, dtype).impl
+    return "reference" if dtype == torch.float64 else "blas"

@@ -84,7 +84,7 @@ def flat_arguments(x, weight, bias, reasoning, embedding, plan, dropout, impl) -
     return (
         x.reshape(-1, x.shape[-1]), weight, bias, A_r, B_r, A_e, B_e, float(scaling_r), float(scaling_e),
         plan.routes, present, plan.is_uniform, dropout_r, dropout_e, seed,
-        resolve(impl, x.device, x.dtype).impl,
+        resolve(impl, x.device, x.dtype),
     )  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def _layer_status(path: str, layer: nn.Module, record: PatchRecord) -> LayerStat
 
 def _choice(layer: nn.Module, weight: torch.Tensor, loras: dict[str, LoRA]) -> tuple[str | None, str]:
     try:
-        impl, why = choice.resolve(layer.impl, weight.device, weight.dtype)
+        impl, why = choice.chosen(layer.impl, weight.device, weight.dtype)
     except ImplUnavailable as error:
         return None, str(error)
     if getattr(layer, "merged", False):
