@@ -79,7 +79,7 @@ def gate_layout(infos: Mapping[str, TensorInfo], label: str, *, ordered: bool) -
         prefix, _, leaf = key.rpartition(".")
         units.setdefault(prefix, {})[leaf] = key
     if wrong := [f"{key} is {info.dtype_name}" for key, info in infos.items() if info.dtype not in WEIGHT_DTYPES]:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+        allowed = ", ".join(map(_dtype_name, WEIGHT_DTYPES))
         raise CheckpointError(f"{label}: weights must be one of {allowed}, got: {', '.join(wrong)}.")
     layers, strange = [], []
     for prefix, leaves in units.items():
@@ -224,17 +224,17 @@ def queries_tensor(tensors: Mapping[str, torch.Tensor], label: str) -> torch.Ten
         listing = ", ".join(f'"{name}" {list(tensor.shape)}' for name, tensor in tensors.items())
         raise CheckpointError(f"{label} must hold one tensor [num_queries, hidden], got {len(tensors)}: {listing}.")
     name, tensor = next(iter(tensors.items()))
-    if problem := queries_problem(TensorInfo(tensor.dtype, tuple(tensor.shape), str(tensor.dtype)), name, label):
-        raise CheckpointError(problem)
-    return tensor.reshape(tensor.shape[-2:])
+    shape = list(tensor.shape)
+    fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
+    if not fits or 0 in shape:
+        raise CheckpointError(
+            f'{label}: "{name}" must be [num_queries, hidden] or [1, num_queries, hidden], got {shape}.'
+        )
+    if tensor.dtype not in WEIGHT_DTYPES:
+        allowed, got = (", ".join(map(_dtype_name, dtypes)) for dtypes in (WEIGHT_DTYPES, (tensor.dtype,)))
+        raise CheckpointError(f'{label}: "{name}" must be one of {allowed}, got {got}.')
+    return tensor.reshape(shape[-2:])
 
 
-def queries_problem(info: TensorInfo, name: str, label: str) -> str | None:
-    """Why a tensor cannot be the queries; None where it can."""
-    fits = len(info.shape) == 2 or (len(info.shape) == 3 and info.shape[0] == 1)
-    if not fits or 0 in info.shape:
-        return f'{label}: "{name}" must be [num_queries, hidden] or [1, num_queries, hidden], got {list(info.shape)}.'
-    if info.dtype not in WEIGHT_DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-        return f'{label}: "{name}" must be one of {allowed}, got {info.dtype_name}.'
-    return None
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -258,9 +258,11 @@ def _pickled_names(raw: bytes) -> list[str]:
                     strings.append(argument)
     except Exception:  # a damaged stream names what came before the damage
         pass
+    # Python 2's name for the module, which protocols 0 to 2 still write.
+    modern = [name.replace("__builtin__.", "builtins.", 1) for name in found]
     return [
         name
-        for name in found
+        for name in modern
         if name not in allowed and not name.startswith(("torch._utils._rebuild", "torch.storage."))
         and not (name.startswith("torch.") and (name.endswith("Storage") or name in _TORCH_PLAIN))
     ]  # fmt: skip

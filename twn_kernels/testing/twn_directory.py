@@ -164,7 +164,7 @@ def write_peft_adapter(
         **lora_config,
     )
     wanted_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    training = model.training
+    training, before = model.training, dict(model.named_modules())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
@@ -172,7 +172,7 @@ def write_peft_adapter(
         _fill(wrapped, dtype, strength, seed)
         wrapped.save_pretrained(str(directory), save_embedding_layers=False)
     finally:
-        _unwrap(wrapped, model)
+        _restore(model, before)
         model.train(training)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted_grad[name])
@@ -216,12 +216,13 @@ def _fill(wrapped: torch.nn.Module, dtype: torch.dtype, strength: float, seed: i
         b.data = (torch.randn(b.shape, generator=generator) * gain).to(dtype)
 
 
-def _unwrap(wrapped: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Put the model's own modules back where PEFT had wrapped them."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+def _restore(model: torch.nn.Module, before: Mapping[str, torch.nn.Module]) -> None:
+    """Put the model's own modules back where PEFT had wrapped them; parents come before children."""
+    for name, module in before.items():
+        parent, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        if name and getattr(holder, leaf) is not module:
+            setattr(holder, leaf, module)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         if attribute in vars(model):
             delattr(model, attribute)
