@@ -28,7 +28,9 @@ def with_peft():
     """Give ``make(model, ...)``: a deep copy of the model with two PEFT adapters of unequal rank and odd scaling."""
     from peft import LoraConfig, get_peft_model
 
-    def make(model, *, targets=None, ranks=(5, 3), dropout=0.0, seed=7, names=NAMES, autocast_adapter_dtype=True, **options):
+    def make(
+        model, *, targets=None, ranks=(5, 3), dropout=0.0, seed=7, names=NAMES, autocast_adapter_dtype=True, **options
+    ):
         base = copy.deepcopy(model)
         targets = list(choose_targets(base, None, family_of(base))) if targets is None else targets
 

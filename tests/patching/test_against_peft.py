@@ -139,7 +139,10 @@ def test_merged_layers_run_merged_and_refuse_routes(pair, in_double):
     for model in (reference, patched):
         model.merge_adapter(["reasoning"])
     assert torch.equal(patched(**inputs).logits, reference(**inputs).logits)
-    with route(patched, "embedding"), pytest.raises(PatchError, match=r'"reasoning" merged into its base weight.*unmerge'):
+    with (
+        route(patched, "embedding"),
+        pytest.raises(PatchError, match=r'"reasoning" merged into its base weight.*unmerge'),
+    ):
         patched(**inputs)
     for model in (reference, patched):
         model.unmerge_adapter()
@@ -186,5 +189,8 @@ def test_an_adapter_on_the_tower_follows_one_route(family, with_peft, peft_logit
         truth, naive = peft_logits(exact, exact_inputs, spec), peft_logits(reference, inputs, spec)
         with route(patched, spec):
             assert_as_good_as_torch(patched(**inputs).logits, truth, naive, str(spec))
-    with route(patched, MIXED), pytest.raises(ShapeError, match=r"visual\.blocks\.0\.attn\.qkv.* do not belong to one row"):
+    with (
+        route(patched, MIXED),
+        pytest.raises(ShapeError, match=r"visual\.blocks\.0\.attn\.qkv.* do not belong to one row"),
+    ):
         patched(**inputs)

@@ -41,7 +41,7 @@ def fit_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> dict[str, dict[s
         raise CheckpointError(
             f"the checkpoint{source} does not fit {type(model).__name__}:\n  "
             + "\n  ".join(problems)
-            + f"\n{base}".rstrip()
+            + base
         )
     return fitted
 
