@@ -242,8 +242,9 @@ def write_gate_and_queries(
 ) -> None:
     """Write ``gate_mlp`` and ``queries`` for a hidden size; arguments as in :func:`write_twn_directory`.
 
-    The gate starts with a norm of its input, so the size of hidden states does not decide, and its last layer is wide:
-    for inputs that are not nearly parallel its logits have a standard deviation of about 2 around 0.
+    The gate starts with a norm of its input, so the size of hidden states does not decide, and its last layer is large:
+    over inputs that are not nearly parallel its logits have a standard deviation between 1 and 2 around 0, so that
+    scores fall on both sides of 0.5.
     """
     if file_format not in ("pt", "safetensors"):
         raise OptionError(
@@ -263,7 +264,8 @@ def write_gate_and_queries(
     if gate_input is not None:
         widths = {"concat": max(num_queries, 1) * hidden, "mean_last": 2 * hidden}
         hidden_widths = [gate_hidden] if isinstance(gate_hidden, int) else list(gate_hidden)
-        gate = _gate(widths.get(gate_input, hidden), hidden_widths, gate_norm, gate_outputs, generator)
+        with torch.random.fork_rng(devices=[]):
+            gate = _gate(widths.get(gate_input, hidden), hidden_widths, gate_norm, gate_outputs, generator)
         _write(out / f"gate_mlp.{file_format}", gate.state_dict(), file_format)
 
 
