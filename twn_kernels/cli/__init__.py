@@ -156,7 +156,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     report = inspect_checkpoint(arguments.checkpoint, **_checkpoint_options(arguments))
     _print_json(report.to_dict()) if arguments.json else print(report)
-    return int(bool(getattr(report, "problems", None)))
+    return int(not report.ok)
 
 
 def _add_convert(subparsers) -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from twn_kernels.errors import InputError, OptionError, did_you_mean, quoted
+from twn_kernels.settings import IMPLS
 
 __all__ = ["IMAGE_SUFFIXES", "Source", "read_inputs", "run", "write_outputs"]
 
@@ -92,6 +94,9 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.dtype not in _DTYPES:
         near = did_you_mean(arguments.dtype, _DTYPES)
         raise OptionError(f'--dtype must be one of {quoted(_DTYPES)}, got "{arguments.dtype}".{near}')
+    if arguments.impl not in IMPLS:
+        near = did_you_mean(arguments.impl, IMPLS)
+        raise OptionError(f'--impl must be one of {quoted(IMPLS)}, got "{arguments.impl}".{near}')
     if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
         raise OptionError(f"--threshold must be from 0 to 1 (a gate score), got {arguments.threshold}.")
     for name in ("batch_size", "max_think_tokens", "truncate_dim"):
@@ -235,6 +240,9 @@ def write_outputs(out: Path, details_path: Path, vectors, rows: list[dict]) -> N
     """
     staged = [path.with_name(f".{path.name}.{os.getpid()}") for path in (out, details_path)]
     try:
+        for target in (out, details_path):
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{target} is a directory")
         with open(staged[0], "wb") as file:
             file.write(_encoded(out.suffix, vectors))
         with open(staged[1], "w", encoding="utf-8") as file:
