@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from twn_kernels import inspect_checkpoint, load_checkpoint
+from twn_kernels.errors import CheckpointError
 from twn_kernels.testing.tiny_models import tiny_model
 from twn_kernels.testing.twn_directory import write_twn_directory
 
@@ -57,3 +59,18 @@ def edit_weights():
         save_file(change(tensors) or tensors, path, metadata={"format": "pt"})
 
     return edit
+
+
+@pytest.fixture
+def message():
+    """The error of loading a directory; inspecting it reports the same problems and does not raise."""
+
+    def error_of(directory: Path) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(directory)
+        report = inspect_checkpoint(directory)
+        assert not report.ok
+        assert all(problem in str(caught.value) for problem in report.problems)
+        return str(caught.value)
+
+    return error_of
