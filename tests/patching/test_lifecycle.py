@@ -1,4 +1,4 @@
-"""patch and unpatch as a pair: same objects, all or nothing, nothing copied; copies, files and moves of a patched model."""
+"""patch and unpatch as a pair: same objects, all or nothing, nothing copied; then copies, files, moves."""
 
 import copy
 import io

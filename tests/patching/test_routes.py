@@ -1,4 +1,4 @@
-"""Routes through whole models: by token, by row, under generation and beams; scopes; and every spec that does not fit."""
+"""Routes through whole models: by token, by row, under generation and beams; scopes; specs that do not fit."""
 
 import copy
 
