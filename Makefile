@@ -38,6 +38,6 @@ clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis twn_kernels/_C.abi3.so twn_kernels/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): tests/requirements.txt tests/environment.sh pyproject.toml setup.py
+$(STAMP): tests/requirements.txt tests/environment.sh tests/torchvision_on_cpu.py pyproject.toml setup.py
 	@bash tests/environment.sh "$(PYTHON)" "$(VENV)"
 	@touch $@

@@ -62,11 +62,13 @@ if ! has "$py" torchvision; then
   # Image and video processors of transformers import it; its own torch pin would replace the build chosen above.
   say "installing $torchvision_pin without its dependencies"
   install --no-deps "$torchvision_pin"
-  if "$py" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
-    packages=$("$py" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-    cp "$(dirname "$0")/torchvision_on_cpu.py" "$packages/"
-    echo "import torchvision_on_cpu" >"$packages/torchvision_on_cpu.pth"
-  fi
+fi
+# Beside a CPU build of torch, a torchvision that was built for CUDA does not import without help.
+if ! "$py" -c "import torchvision" 2>/dev/null; then
+  packages=$("$py" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+  cp "$(dirname "$0")/torchvision_on_cpu.py" "$packages/"
+  echo "import torchvision_on_cpu" >"$packages/torchvision_on_cpu.pth"
+  "$py" -c "import torchvision"
 fi
 say "installing twn_kernels"
 install --no-build-isolation --no-deps -e "$(dirname "$0")/.."
