@@ -61,6 +61,7 @@ def compile_kernel(
     num_warps: int,
     num_stages: int,
     divisible: tuple[str, ...] = (),
+    max_registers: int | None = None,
     variant: str = "",
 ) -> AotReport:
     """Compile one ``@triton.jit`` kernel and read its resources.
@@ -70,7 +71,7 @@ def compile_kernel(
         signature: Triton type of every parameter that is not a constant, in any order: ``"*bf16"``, ``"i32"``, ``"fp32"``.
         constants: the values of all other parameters (``tl.constexpr`` ones, ``None`` pointers, strides known to be 1).
         arch: 80, 90, 100, ... (compute capability without the dot).
-        num_warps, num_stages: launch options.
+        num_warps, num_stages, max_registers: launch options (``maxnreg`` in Triton).
         divisible: parameters known to be multiples of 16, as the launcher would find them.
         variant: a name for the report.
 
@@ -89,7 +90,7 @@ def compile_kernel(
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, types, {name: constants[name] for name in types if types[name] == "constexpr"}, attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, "maxnreg": max_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills, sass = _read_cubin(compiled.asm["cubin"])
     return AotReport(
@@ -145,6 +146,8 @@ def static_report(arch: int) -> Iterator[AotReport]:
 
 
 def _compile_variant(variant: Any, arch: int) -> AotReport:
+    from twn_kernels.impl.triton.config import MAX_REGISTERS
+
     return compile_kernel(
         variant.kernel,
         variant.signature,
@@ -153,6 +156,7 @@ def _compile_variant(variant: Any, arch: int) -> AotReport:
         num_warps=variant.config.num_warps,
         num_stages=variant.config.num_stages,
         divisible=variant.divisible,
+        max_registers=MAX_REGISTERS,
         variant=variant.name,
     )
 

@@ -12,6 +12,7 @@ import functools
 
 __all__ = [
     "ARCHITECTURES",
+    "MAX_REGISTERS",
     "GemmConfig",
     "GradConfig",
     "ReduceConfig",
@@ -31,6 +32,12 @@ _SMALL_SHARED = (86, 89, 120)  # 99 KiB a block; the others have 163 or 227
 
 _DECODE_TOKENS = 16  # one tensor-core tile of rows
 _FEW_TOKENS = 64
+# Triton 3.6 gives a plain fp32 dot of 64 rows and more to Blackwell's tf32 tensor cores (seen in the machine code of
+# sm_100); those need 64 rows, so tiles of fp32 problems have fewer. The ahead-of-time tests look for it.
+_EXACT_ROWS = 32
+
+MAX_REGISTERS = 255  # said aloud: left alone, ptxas spills a few bytes to fit two blocks on a processor
+
 _MAX_SPLIT = 16  # parts are read back by one program each: beyond this the second kernel costs what the split gains
 
 
@@ -96,7 +103,9 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def gemm_config(tokens: int, wide: bool, separate: bool, arch: int) -> GemmConfig:
+def gemm_config(
+    tokens: int, wide: bool, separate: bool, arch: int, *, base_aligned: bool = True, low_rank_aligned: bool = True
+) -> GemmConfig:
     """Configuration of the fused product.
 
     Args:
@@ -104,67 +113,89 @@ def gemm_config(tokens: int, wide: bool, separate: bool, arch: int) -> GemmConfi
         wide: fp32 operands in the base product.
         separate: low-rank terms need their own accumulator (fan-out, dropout, fp32 adapters next to 16-bit ``x``).
         arch: compute capability without the dot: 80, 90, 100, ...
+        base_aligned: ``x`` and ``weight`` can be read in 16-byte words. Where not, each element costs an address, and
+            smaller tiles leave registers for them.
+        low_rank_aligned: the same for ``s`` and ``B`` (false for a rank that is no multiple of 16).
     """
-    return _gemm_config(bucket(tokens), wide, separate, _known(arch))
+    return _gemm_config(bucket(tokens), wide, separate, _known(arch), base_aligned, low_rank_aligned)
 
 
 @functools.cache
-def _gemm_config(tokens: int, wide: bool, separate: bool, arch: int) -> GemmConfig:
+def _gemm_config(
+    tokens: int, wide: bool, separate: bool, arch: int, base_aligned: bool, low_rank_aligned: bool
+) -> GemmConfig:
     if wide:  # plain fp32 multiplies on CUDA cores
         if tokens <= _DECODE_TOKENS:
             return GemmConfig(16, 64, 32, 16, num_warps=4, num_stages=3)
-        return GemmConfig(64, 64, 32, 16, num_warps=8, num_stages=3)
+        return GemmConfig(_EXACT_ROWS, 64, 32, 16, num_warps=8, num_stages=3)
     if tokens <= _DECODE_TOKENS:  # bound by reading the weight: narrow tiles for many programs, deep for bytes in flight
         return GemmConfig(16, 32, 128, 32, num_warps=4, num_stages=5)
+    if not base_aligned or (separate and not low_rank_aligned):
+        return GemmConfig(64, 32, 32, 16, num_warps=8, num_stages=3)
     if separate:
-        return GemmConfig(128, 64, 64, 32, num_warps=8, num_stages=4) if tokens > _FEW_TOKENS else _FEW
+        return GemmConfig(64 if tokens <= _FEW_TOKENS else 128, 64, 64, 16, num_warps=8, num_stages=4)
     if tokens <= _FEW_TOKENS:
-        return _FEW
+        return GemmConfig(64, 64, 64, 32, num_warps=8, num_stages=4)
+    if not low_rank_aligned:
+        return GemmConfig(128, 128, 64, 16, num_warps=8, num_stages=3 if arch in _SMALL_SHARED else 4)
     if arch in (90, 100):  # registers for the largest tile, shared memory for four stages of it (192 KiB)
         return GemmConfig(128, 256, 64, 32, num_warps=8, num_stages=4)
     return GemmConfig(128, 128, 64, 32, num_warps=8, num_stages=3 if arch in _SMALL_SHARED else 4)
 
 
-_FEW = GemmConfig(64, 64, 64, 32, num_warps=4, num_stages=4)
+def shrink_config(
+    tokens: int, features: int, rank_r: int, rank_e: int, wide: bool, arch: int, *, aligned: bool = True
+) -> ShrinkConfig:
+    """Configuration of the shrink; ``wide``: the adapters are fp32; ``aligned``: operands can be read in 16-byte words.
 
-
-def shrink_config(tokens: int, features: int, rank_r: int, rank_e: int, wide: bool, arch: int) -> ShrinkConfig:
-    """Configuration of the shrink; ``wide``: the adapters are fp32. The split fills one wave of the GPU."""
-    return _shrink_config(bucket(tokens), features, rank_r, rank_e, wide, _known(arch))
+    The split fills one wave of the GPU.
+    """
+    return _shrink_config(bucket(tokens), features, rank_r, rank_e, wide, _known(arch), aligned)
 
 
 @functools.lru_cache(maxsize=4096)
-def _shrink_config(tokens: int, features: int, rank_r: int, rank_e: int, wide: bool, arch: int) -> ShrinkConfig:
-    config = _shrink_tile(tokens, max(rank_r, rank_e), wide)
+def _shrink_config(
+    tokens: int, features: int, rank_r: int, rank_e: int, wide: bool, arch: int, aligned: bool
+) -> ShrinkConfig:
+    config = _shrink_tile(tokens, wide, aligned)
     programs = _cdiv(tokens, config.block_m) * (_cdiv(rank_r, config.block_r) + _cdiv(rank_e, config.block_r))
     steps = _cdiv(features, config.block_k)
     return dataclasses.replace(config, splits=_splits(programs, steps, arch))
 
 
-def _shrink_tile(tokens: int, rank: int, wide: bool) -> ShrinkConfig:
-    block_r = 32 if rank <= 32 else 64
+def _shrink_tile(tokens: int, wide: bool, aligned: bool) -> ShrinkConfig:
+    if wide or not aligned:
+        if tokens <= _DECODE_TOKENS:
+            return ShrinkConfig(16, 64, 32, num_warps=8, num_stages=3)
+        return ShrinkConfig(_EXACT_ROWS, 64, 16, num_warps=8, num_stages=3)
     if tokens <= _DECODE_TOKENS:
-        return ShrinkConfig(16, block_r, 64 if wide else 128, num_warps=4, num_stages=3)
-    return ShrinkConfig(64, block_r, 32 if wide else 64, num_warps=4, num_stages=4)
+        return ShrinkConfig(16, 64, 128, num_warps=4, num_stages=3)
+    return ShrinkConfig(64, 64, 64, num_warps=4, num_stages=4)
 
 
-def grad_config(tokens: int, features: int, rank_r: int, rank_e: int, wide: bool, arch: int) -> GradConfig:
-    """Configuration of dA or dB; ``wide``: the adapters are fp32. The split over tokens fills one wave of the GPU."""
-    return _grad_config(bucket(tokens), features, rank_r, rank_e, wide, _known(arch))
+def grad_config(
+    tokens: int, features: int, rank_r: int, rank_e: int, wide: bool, arch: int, *, aligned: bool = True
+) -> GradConfig:
+    """Configuration of dA or dB; ``wide``: the adapters are fp32; ``aligned``: operands can be read in 16-byte words.
+
+    The split over tokens fills one wave of the GPU.
+    """
+    return _grad_config(bucket(tokens), features, rank_r, rank_e, wide, _known(arch), aligned)
 
 
 @functools.lru_cache(maxsize=4096)
-def _grad_config(tokens: int, features: int, rank_r: int, rank_e: int, wide: bool, arch: int) -> GradConfig:
-    config = _grad_tile(max(rank_r, rank_e), wide)
+def _grad_config(
+    tokens: int, features: int, rank_r: int, rank_e: int, wide: bool, arch: int, aligned: bool
+) -> GradConfig:
+    config = _grad_tile(wide, aligned)
     programs = _cdiv(features, config.block_f) * (_cdiv(rank_r, config.block_r) + _cdiv(rank_e, config.block_r))
     return dataclasses.replace(config, splits=_splits(programs, _cdiv(tokens, config.stretch), arch))
 
 
-def _grad_tile(rank: int, wide: bool) -> GradConfig:
-    block_r = 32 if rank <= 32 else 64
-    if wide:
-        return GradConfig(64, block_r, 32, stretch=256, num_warps=4, num_stages=3)
-    return GradConfig(128, block_r, 64, stretch=256, num_warps=4, num_stages=3)
+def _grad_tile(wide: bool, aligned: bool) -> GradConfig:
+    if wide or not aligned:
+        return GradConfig(_EXACT_ROWS, 32, 32, stretch=256, num_warps=8, num_stages=3)
+    return GradConfig(128, 64, 64, stretch=256, num_warps=8, num_stages=3)
 
 
 def reduce_config() -> ReduceConfig:
@@ -183,15 +214,25 @@ def _splits(programs: int, steps: int, arch: int) -> int:
 def all_configs(arch: int) -> dict[str, list]:
     """Every tile that the functions above can return for ``arch``, by kernel; splits are no part of the machine code."""
     tokens = (_DECODE_TOKENS, _FEW_TOKENS, 2 * _FEW_TOKENS)
-    ranks = (32, 64)
+    flags = (True, False)
+
+    def gemm(wide: bool, separate: bool, base_aligned: bool, low_rank_aligned: bool) -> list[GemmConfig]:
+        return [
+            gemm_config(t, wide, separate, arch, base_aligned=base_aligned, low_rank_aligned=low_rank_aligned)
+            for t in tokens
+        ]
+
     return {
-        "gemm": _unique(gemm_config(t, False, False, arch) for t in tokens),
-        "gemm_separate": _unique(gemm_config(t, False, True, arch) for t in tokens),
-        "gemm_wide": _unique(gemm_config(t, True, separate, arch) for t in tokens for separate in (False, True)),
-        "shrink": _unique(_shrink_tile(t, rank, False) for t in tokens for rank in ranks),
-        "shrink_wide": _unique(_shrink_tile(t, rank, True) for t in tokens for rank in ranks),
-        "grad": _unique(_grad_tile(rank, False) for rank in ranks),
-        "grad_wide": _unique(_grad_tile(rank, True) for rank in ranks),
+        "gemm": _unique(gemm(False, False, True, True)),
+        "gemm_low_rank_unaligned": _unique(gemm(False, False, True, False)),
+        "gemm_unaligned": _unique(gemm(False, False, False, False)),
+        "gemm_separate": _unique(gemm(False, True, True, True)),
+        "gemm_separate_unaligned": _unique(gemm(False, True, False, False)),
+        "gemm_wide": _unique(c for separate in flags for c in gemm(True, separate, True, True)),
+        "shrink": _unique(_shrink_tile(t, False, True) for t in tokens),
+        "shrink_wide": _unique(_shrink_tile(t, True, False) for t in tokens),  # also what is not aligned
+        "grad": [_grad_tile(False, True)],
+        "grad_wide": [_grad_tile(True, False)],
         "reduce": [reduce_config()],
     }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twn_kernels.errors import DtypeError, ImplUnavailable
-from twn_kernels.impl.triton.config import gemm_config, grad_config, reduce_config, shrink_config
+from twn_kernels.impl.triton.config import MAX_REGISTERS, gemm_config, grad_config, reduce_config, shrink_config
 from twn_kernels.impl.triton.gemm_kernel import gemm_kernel
 from twn_kernels.impl.triton.grad_kernel import grad_kernel
 from twn_kernels.impl.triton.primitives import INTERPRETING
@@ -22,7 +22,10 @@ from twn_kernels.impl.triton.shrink_kernel import reduce_kernel, shrink_kernel
 
 __all__ = ["backward", "fanout", "forward"]
 
-_INTERPRETED_ARCH = 80  # the interpreter walks the tiles of this architecture
+# Both have defaults that differ between Triton versions or hurt: fused multiply-add, and a register limit.
+_OPTIONS = {"enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
+
+_INTERPRETED_ARCH = 90  # the interpreter walks the tiles of this architecture, the largest: it pays by the tile
 
 
 class _Pair(NamedTuple):
@@ -122,7 +125,10 @@ def _shrink(x_r: Tensor, x_e: Tensor, pair: _Pair) -> Tensor:
         return s
     if pair.present == 0:
         return s.zero_()
-    config = shrink_config(tokens, features, rank_r, rank_e, pair.dtype == torch.float32, _arch(x_r.device))
+    config = shrink_config(
+        tokens, features, rank_r, rank_e, pair.dtype == torch.float32, _arch(x_r.device),
+        aligned=_aligned(x_r, x_e, a_r, a_e),
+    )  # fmt: skip
     scaling = tuple(scale * inverse for scale, inverse in zip(pair.scaling, pair.inverse_keep, strict=True))
     splits = config.splits
     out = s if splits == 1 else x_r.new_empty((splits, tokens, rank_r + rank_e), dtype=_wide(x_r.dtype))
@@ -135,7 +141,7 @@ def _shrink(x_r: Tensor, x_e: Tensor, pair: _Pair) -> Tensor:
         *(scaling if splits == 1 else (1.0, 1.0)), *pair.thresholds,
         PRESENT=pair.present, DROPOUT=pair.drops, PRECISION=_precision(x_r.dtype, pair.dtype),
         BLOCK_M=config.block_m, BLOCK_R=config.block_r, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        num_warps=config.num_warps, num_stages=config.num_stages, **_OPTIONS,
     )  # fmt: skip
     if splits > 1:
         _reduce(out, (s, s[:, rank_r:]), pair.ranks, scaling, pair.present, pair.routes)
@@ -149,7 +155,10 @@ def _gemm(x, weight, bias, s, b, pair: _Pair, y: Tensor, y_e: Tensor | None = No
         return
     drops = pair.drops
     separate = pair.present != 0 and (y_e is not None or drops or pair.dtype != x.dtype)
-    config = gemm_config(tokens, x.dtype == torch.float32, separate, _arch(x.device))
+    config = gemm_config(
+        tokens, x.dtype == torch.float32, separate, _arch(x.device),
+        base_aligned=_aligned(x, weight, y), low_rank_aligned=pair.present == 0 or _aligned(s, *b),
+    )  # fmt: skip
     gemm_kernel[(-(-tokens // config.block_m) * -(-outputs // config.block_n),)](
         x, weight, bias, s, *b, pair.routes, pair.seed if drops else None, y, y_e,
         tokens, outputs, features, *pair.ranks,
@@ -159,7 +168,7 @@ def _gemm(x, weight, bias, s, b, pair: _Pair, y: Tensor, y_e: Tensor | None = No
         BASE_PRECISION="ieee", LOW_RANK_PRECISION=_precision(x.dtype, pair.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
         GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        num_warps=config.num_warps, num_stages=config.num_stages, **_OPTIONS,
     )  # fmt: skip
 
 
@@ -182,7 +191,9 @@ def _weight_grads(wide, narrow, pair: _Pair, needed, like, *, transposed: bool) 
     ranks = tuple(rank if runs else 0 for rank, runs in zip(pair.ranks, active, strict=True))
     # an adapter that is not wanted gets no program; any tensor stands in for its pointer
     outs = [g.t() if transposed else g for g in (grads[a] if active[a] else like[a].new_empty((0, 0)) for a in (0, 1))]
-    config = grad_config(tokens, features, *ranks, pair.dtype == torch.float32, _arch(wide[0].device))
+    config = grad_config(
+        tokens, features, *ranks, pair.dtype == torch.float32, _arch(wide[0].device), aligned=_aligned(*wide, narrow, *like)
+    )
     splits, total = config.splits, ranks[0] + ranks[1]
     parts = None if splits == 1 else narrow.new_empty((splits, features, total), dtype=_wide(narrow.dtype))
     targets = outs if parts is None else [parts[0], parts[0, :, ranks[0] :]]
@@ -194,7 +205,7 @@ def _weight_grads(wide, narrow, pair: _Pair, needed, like, *, transposed: bool) 
         features * total, *(pair.inverse_keep if parts is None else (1.0, 1.0)), *pair.thresholds,
         DROPOUT=pair.drops, PRECISION=_precision(wide[0].dtype, pair.dtype),
         BLOCK_F=config.block_f, BLOCK_R=config.block_r, BLOCK_T=config.block_t, STRETCH=config.stretch,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        num_warps=config.num_warps, num_stages=config.num_stages, **_OPTIONS,
     )  # fmt: skip
     if parts is not None:
         _reduce(parts, outs, ranks, pair.inverse_keep, pair.present, None)
@@ -208,8 +219,18 @@ def _reduce(parts: Tensor, outs, ranks, scaling, present: int, routes: Tensor | 
     reduce_kernel[(-(-rows // config.block_i), sum(-(-rank // config.block_r) for rank in ranks))](
         parts, *outs, routes, rows, *ranks, splits, rows * total, total, *outs[0].stride(), *outs[1].stride(), *scaling,
         PRESENT=present, MASKED=routes is not None, BLOCK_I=config.block_i, BLOCK_R=config.block_r,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        num_warps=config.num_warps, num_stages=config.num_stages, **_OPTIONS,
     )  # fmt: skip
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether the kernels can read 16-byte words: Triton learns that from addresses, sizes and strides divisible by 16."""
+    if INTERPRETING.value:
+        return True  # it reads element by element in any case
+    return all(
+        t.data_ptr() % 16 == 0 and all(stride == 1 or stride % 16 == 0 for stride in t.stride()) and t.shape[-1] % 16 == 0
+        for t in tensors
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

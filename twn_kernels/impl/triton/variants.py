@@ -35,42 +35,45 @@ def variants(arch: int) -> list[Variant]:
     """All compilations for one architecture (80, 90, 100, ...)."""
     configs = all_configs(arch)
     return [
-        *_gemm_variants(configs["gemm"], configs["gemm_wide"]),
-        *_separate_variants(configs["gemm_separate"], configs["gemm_wide"]),
-        *_shrink_variants(configs["shrink"], configs["shrink_wide"]),
-        *_grad_variants(configs["grad"], configs["grad_wide"]),
+        *_gemm_variants(configs),
+        *_separate_variants(configs),
+        *_wide_variants(configs["gemm_wide"]),
+        *_shrink_variants(configs),
+        *_grad_variants(configs),
         *_reduce_variants(configs["reduce"]),
     ]
 
 
-def _gemm_variants(configs: list, wide_configs: list) -> Iterator[Variant]:
-    for config in configs:
-        yield _gemm("forward", config, "bf16", bias=True)
-        yield _gemm("dx", config, "bf16")
-        yield _gemm("plain", config, "fp16", bias=True, present=0)
-    largest = configs[-1]
+def _gemm_variants(configs: dict[str, list]) -> Iterator[Variant]:
+    for kind, aligned in (("gemm", "all"), ("gemm_low_rank_unaligned", "base"), ("gemm_unaligned", "none")):
+        for config in configs[kind]:
+            yield _gemm("forward", config, "bf16", bias=True, aligned=aligned)
+            yield _gemm("dx", config, "bf16", aligned=aligned)
+    largest = configs["gemm"][-1]
     yield _gemm("forward", largest, "fp16", bias=True)
-    yield _gemm("forward", largest, "bf16", bias=True, aligned=False)
-    yield _gemm("dx", largest, "bf16", aligned=False)
-    for config in wide_configs:
-        yield _gemm("forward", config, "fp32", bias=True)
-        yield _gemm("dx", config, "fp32")
+    yield _gemm("base", largest, "fp16", bias=True, present=0)
 
 
-def _separate_variants(configs: list, wide_configs: list) -> Iterator[Variant]:
+def _separate_variants(configs: dict[str, list]) -> Iterator[Variant]:
+    for kind, aligned in (("gemm_separate", "all"), ("gemm_separate_unaligned", "none")):
+        for config in configs[kind]:
+            for adapters in ("bf16", "fp32"):
+                yield _gemm("fanout", config, "bf16", adapters, bias=True, fanout=True, separate=True, aligned=aligned)
+                yield _gemm("dx_dropout", config, "bf16", adapters, separate=True, dropout=True, aligned=aligned)
+    yield _gemm("forward", configs["gemm_separate"][-1], "fp16", "fp32", bias=True, separate=True)
+
+
+def _wide_variants(configs: list) -> Iterator[Variant]:
     for config in configs:
-        for adapters in ("bf16", "fp32"):
-            yield _gemm("fanout", config, "bf16", adapters, bias=True, fanout=True, separate=True)
-            yield _gemm("dx_dropout", config, "bf16", adapters, separate=True, dropout=True)
-    yield _gemm("forward", configs[-1], "bf16", "fp32", bias=True, separate=True)
-    yield _gemm("dx", configs[-1], "fp16", "fp32", separate=True)
-    for config in wide_configs:
+        for aligned in ("all", "none"):
+            yield _gemm("forward", config, "fp32", bias=True, aligned=aligned)
+            yield _gemm("dx", config, "fp32", aligned=aligned)
+            yield _gemm("dx_dropout", config, "fp32", separate=True, dropout=True, aligned=aligned)
         yield _gemm("fanout", config, "fp32", bias=True, fanout=True, separate=True)
-        yield _gemm("dx_dropout", config, "fp32", separate=True, dropout=True)
 
 
 def _gemm(
-    use, config, dtype, adapters=None, *, bias=False, fanout=False, separate=False, dropout=False, present=3, aligned=True
+    use, config, dtype, adapters=None, *, bias=False, fanout=False, separate=False, dropout=False, present=3, aligned="all"
 ) -> Variant:
     adapters = adapters or dtype
     pointers = {"x": dtype, "w": dtype, "y": dtype}
@@ -93,23 +96,23 @@ def _gemm(
         "GROUP_M": config.group_m,
     }  # fmt: skip
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-    name = f"gemm-{use}-{dtype}-{adapters}-{tile}" + ("" if aligned else "-unaligned")
+    name = f"gemm-{use}-{dtype}-{adapters}-{tile}-{config.num_warps}w-{aligned}_aligned"
     return _variant(name, gemm_kernel, config, pointers, ones, constants, aligned, dtype != "fp32")
 
 
-def _shrink_variants(configs: list, wide_configs: list) -> Iterator[Variant]:
-    for config in configs:
+def _shrink_variants(configs: dict[str, list]) -> Iterator[Variant]:
+    for config in configs["shrink"]:
         yield _shrink("forward_dropout", config, "bf16", dropout=True)
         yield _shrink("ds", config, "bf16")
-    yield _shrink("forward", configs[-1], "fp16")
-    yield _shrink("forward", configs[-1], "bf16", aligned=False)
-    for config in wide_configs:
-        yield _shrink("forward_dropout", config, "bf16", "fp32", dropout=True)
-        yield _shrink("ds", config, "bf16", "fp32")
-        yield _shrink("forward_dropout", config, "fp32", dropout=True)
+    yield _shrink("forward", configs["shrink"][-1], "fp16")
+    for config in configs["shrink_wide"]:
+        yield _shrink("ds", config, "bf16", aligned="none")
+        for aligned in ("all", "none"):
+            yield _shrink("forward_dropout", config, "bf16", "fp32", dropout=True, aligned=aligned)
+            yield _shrink("forward_dropout", config, "fp32", dropout=True, aligned=aligned)
 
 
-def _shrink(use, config, dtype, adapters=None, *, dropout=False, aligned=True) -> Variant:
+def _shrink(use, config, dtype, adapters=None, *, dropout=False, aligned="all") -> Variant:
     adapters = adapters or dtype
     pointers = {"x_r": dtype, "x_e": dtype, "a_r": adapters, "a_e": adapters, "routes": "i8"}
     pointers |= {"out_r": adapters, "out_e": adapters}
@@ -122,21 +125,23 @@ def _shrink(use, config, dtype, adapters=None, *, dropout=False, aligned=True) -
         "BLOCK_M": config.block_m, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k,
     }  # fmt: skip
     tile = f"{config.block_m}x{config.block_r}x{config.block_k}"
-    name = f"shrink-{use}-{dtype}-{adapters}-{tile}" + ("" if aligned else "-unaligned")
+    name = f"shrink-{use}-{dtype}-{adapters}-{tile}-{config.num_warps}w-{aligned}_aligned"
     return _variant(name, shrink_kernel, config, pointers, ones, constants, aligned, mixed or dtype != "fp32")
 
 
-def _grad_variants(configs: list, wide_configs: list) -> Iterator[Variant]:
-    for config in configs:
+def _grad_variants(configs: dict[str, list]) -> Iterator[Variant]:
+    for config in configs["grad"]:
         yield _grad("db", config, "bf16")
         yield _grad("da_dropout", config, "bf16", dropout=True)
-    for config in wide_configs:
+    for config in configs["grad_wide"]:
+        yield _grad("da_dropout", config, "bf16", dropout=True, aligned="none")
+        for aligned in ("all", "none"):
+            yield _grad("da_dropout", config, "bf16", "fp32", dropout=True, aligned=aligned)
+            yield _grad("da_dropout", config, "fp32", dropout=True, aligned=aligned)
         yield _grad("db", config, "bf16", "fp32")
-        yield _grad("da_dropout", config, "bf16", "fp32", dropout=True)
-        yield _grad("da_dropout", config, "fp32", dropout=True)
 
 
-def _grad(use, config, dtype, adapters=None, *, dropout=False) -> Variant:
+def _grad(use, config, dtype, adapters=None, *, dropout=False, aligned="all") -> Variant:
     adapters = adapters or dtype
     pointers = {"wide_r": dtype, "wide_e": dtype, "narrow_r": adapters, "narrow_e": adapters, "routes": "i8"}
     pointers |= {"out_r": adapters, "out_e": adapters}
@@ -148,8 +153,9 @@ def _grad(use, config, dtype, adapters=None, *, dropout=False) -> Variant:
         "DROPOUT": dropout, "PRECISION": "tf32x3" if mixed else "ieee", "STRETCH": config.stretch,
         "BLOCK_F": config.block_f, "BLOCK_R": config.block_r, "BLOCK_T": config.block_t,
     }  # fmt: skip
-    name = f"grad-{use}-{dtype}-{adapters}-{config.block_f}x{config.block_r}x{config.block_t}"
-    return _variant(name, grad_kernel, config, pointers, ones, constants, True, mixed or dtype != "fp32")
+    tile = f"{config.block_f}x{config.block_r}x{config.block_t}"
+    name = f"grad-{use}-{dtype}-{adapters}-{tile}-{config.num_warps}w-{aligned}_aligned"
+    return _variant(name, grad_kernel, config, pointers, ones, constants, aligned, mixed or dtype != "fp32")
 
 
 def _reduce_variants(configs: list) -> Iterator[Variant]:
@@ -159,11 +165,14 @@ def _reduce_variants(configs: list) -> Iterator[Variant]:
             ones = ["stride_orr", "stride_oer"] if masked else ["stride_ori", "stride_oei"]
             constants = {"PRESENT": 3, "MASKED": masked, "BLOCK_I": config.block_i, "BLOCK_R": config.block_r}
             name = f"reduce-{'s' if masked else 'grad'}-bf16-{config.block_i}x{config.block_r}"
-            yield _variant(name, reduce_kernel, config, pointers, ones, constants, True, False)
+            yield _variant(name, reduce_kernel, config, pointers, ones, constants, "all", False)
 
 
 def _variant(name, kernel, config, pointers, ones, constants, aligned, tensor_core) -> Variant:
-    """Fill in the other arguments: int32 sizes and strides, fp32 scales, None for absent pointers."""
+    """Fill in the other arguments: int32 sizes and strides, fp32 scales, None for absent pointers.
+
+    ``aligned``: which of them are multiples of 16: "all", "base" (not those of the low-rank operands) or "none".
+    """
     constants = dict(constants) | dict.fromkeys(ones, 1)
     signature = {}
     for argument in kernel.arg_names:
@@ -173,9 +182,16 @@ def _variant(name, kernel, config, pointers, ones, constants, aligned, tensor_co
             constants[argument] = None
         elif argument not in constants:
             signature[argument] = "fp32" if argument.startswith(("scaling", "inverse_keep")) else "i32"
-    never = ("M", "I", "splits", "tokens_per_split", "threshold_r", "threshold_e")  # do_not_specialize
-    divisible = tuple(a for a, kind in signature.items() if aligned and kind != "fp32" and a not in never)
-    return Variant(name, kernel, config, signature, constants, divisible, tensor_core)
+    return Variant(name, kernel, config, signature, constants, _divisible(signature, aligned), tensor_core)
+
+
+def _divisible(signature: dict[str, str], aligned: str) -> tuple[str, ...]:
+    if aligned == "none":
+        return ()
+    excluded = _NOT_SPECIALISED if aligned == "all" else _NOT_SPECIALISED | _LOW_RANK
+    return tuple(name for name, kind in signature.items() if kind != "fp32" and name not in excluded)
 
 
 _POINTERS = ("bias", "seed", "y_e", "routes", "s", "b_r", "b_e")
+_NOT_SPECIALISED = {"M", "I", "splits", "tokens_per_split", "threshold_r", "threshold_e"}
+_LOW_RANK = {"s", "b_r", "b_e", "rank_r", "rank_e", "stride_sm", "stride_brn", "stride_brk", "stride_ben", "stride_bek"}
