@@ -5,6 +5,8 @@ The environment variables below are read by libraries while they are imported, s
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import random
 import sys
@@ -119,8 +121,6 @@ def cut_from_nan():
 @pytest.fixture
 def no_sync():
     """Give a context manager under which a CUDA synchronisation by torch is an error; it does nothing on a CPU."""
-    import contextlib
-
     @contextlib.contextmanager
     def guard():
         if not HAS_GPU:
@@ -142,10 +142,9 @@ def impls_never_sync(monkeypatch: pytest.MonkeyPatch, no_sync) -> None:
     if not HAS_GPU:
         return
     for name in ("blas", "triton"):
-        module = sys.modules.get(f"{PACKAGE}.impl.{name}")
+        module = importlib.import_module(f"{PACKAGE}.impl.{name}")
         for function in ("forward", "fanout", "backward"):
-            if module is not None and hasattr(module, function):
-                monkeypatch.setattr(module, function, _guarded(getattr(module, function), no_sync))
+            monkeypatch.setattr(module, function, _guarded(getattr(module, function), no_sync))
 
 
 def _guarded(function, no_sync):

@@ -56,6 +56,22 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
     assert "usage: twn-kernels" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inspct", "x"], "there is no command 'inspct'; commands: env, doctor, inspect, convert, embed, demo."),
+        (["inspct", "x"], 'Did you mean "inspect"?'),
+        (["doctor", "--devise=cpu"], "doctor does not take '--devise=cpu'. Did you mean \"--device\"?"),
+        (["env", "surplus"], "env does not take 'surplus'."),
+    ],
+)
+def test_a_typo_gets_the_nearest_name(argv, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_closed_pipe_is_no_traceback():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = f"'{sys.executable}' -m twn_kernels env | true"

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 from twn_kernels import __version__
-from twn_kernels.errors import OptionError, TWNError
+from twn_kernels.errors import OptionError, TWNError, did_you_mean
 
 __all__ = ["main"]
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
@@ -46,6 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(_one_line(error, arguments.command), file=sys.stderr)
         return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
+        near = did_you_mean(argv[0], _COMMANDS)
+        parser.error(f"there is no command {argv[0]!r}; commands: {', '.join(_COMMANDS)}.{near}")
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
+        near = did_you_mean(unknown[0].split("=")[0], options)
+        arguments.parser.error(f"{arguments.command} does not take {unknown[0]!r}.{near}")
+    return arguments
 
 
 def _one_line(error: Exception, command: str) -> str:
@@ -64,8 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for add in (_add_env, _add_doctor, _add_inspect, _add_convert, _add_embed, _add_demo):
+    for add in _COMMANDS.values():
         subparser = add(subparsers)
+        subparser.set_defaults(parser=subparser)
         subparser.allow_abbrev = False  # a later option must not change what a script's short form means
         subparser.add_argument("--json", action="store_true", help="print the report as one JSON document")
         subparser.add_argument("--traceback", action="store_true", help="show where a failure happened")
@@ -257,3 +272,13 @@ def _demo(arguments: argparse.Namespace) -> None:
         demo.run_demo(arguments.directory)
         return
     _print_json(demo.run_demo(arguments.directory, say=lambda line: print(line, file=sys.stderr)))
+
+
+_COMMANDS = {
+    "env": _add_env,
+    "doctor": _add_doctor,
+    "inspect": _add_inspect,
+    "convert": _add_convert,
+    "embed": _add_embed,
+    "demo": _add_demo,
+}
