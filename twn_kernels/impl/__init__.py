@@ -1,0 +1,1 @@
+"""Implementations of the core contract; siblings that never import one another."""
