@@ -48,7 +48,7 @@ def collect() -> dict:
 
 
 def collect_gpus() -> list[dict] | str:
-    """The GPUs that the driver lists: ``name``, ``capability``, ``memory``, ``driver`` each; or ``"unknown: <why>"``."""
+    """The GPUs of the driver, each ``name``, ``capability``, ``memory`` and ``driver``; or ``"unknown: <why>"``."""
     return _guarded(_gpus)
 
 
