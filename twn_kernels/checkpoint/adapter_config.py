@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from twn_kernels.checkpoint.config import read_json_object
+from twn_kernels.checkpoint.config import is_number, read_json_object, shown
 from twn_kernels.checkpoint.patterns import (
     broken_pattern,
     broken_regex,
@@ -175,11 +175,11 @@ def parse_adapter_config(raw: bytes, label: str) -> tuple[AdapterConfig | None, 
     reader.check_kind()
     config = AdapterConfig(
         r=reader.take("r", 8, _is_rank, f"a whole number in [1, {MAX_RANK}]"),
-        lora_alpha=reader.take("lora_alpha", 8, _is_number, "a finite number"),
-        lora_dropout=reader.take("lora_dropout", 0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
+        lora_alpha=reader.take("lora_alpha", 8, is_number, "a finite number"),
+        lora_dropout=reader.take("lora_dropout", 0.0, lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
         use_rslora=reader.take("use_rslora", False, _is_bool, "true or false"),
         rank_pattern=reader.take_patterns("rank_pattern", _is_rank, f"a whole number in [1, {MAX_RANK}]"),
-        alpha_pattern=reader.take_patterns("alpha_pattern", _is_number, "a finite number"),
+        alpha_pattern=reader.take_patterns("alpha_pattern", is_number, "a finite number"),
         target_modules=reader.take_names("target_modules"),
         exclude_modules=reader.take_names("exclude_modules"),
         layers_to_transform=reader.take_layers(),
@@ -191,10 +191,6 @@ def parse_adapter_config(raw: bytes, label: str) -> tuple[AdapterConfig | None, 
         raw=raw,
     )
     return config, reader.problems, reader.notes
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_rank(value: Any) -> bool:
@@ -209,11 +205,6 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 class _Reader:
     """Takes fields one by one and keeps what was wrong; a wrong field gives its default, so that all get checked."""
 
@@ -223,7 +214,7 @@ class _Reader:
         self.notes: list[str] = []
 
     def wrong(self, name: str, expected: str) -> None:
-        self.problems.append(f"{self.label}: {name} must be {expected}, got {_shown(self.stated.get(name))}.")
+        self.problems.append(f"{self.label}: {name} must be {expected}, got {shown(self.stated.get(name))}.")
 
     def take(self, name: str, default: Any, accepts: Any, expected: str) -> Any:
         value = self.stated.get(name)
@@ -256,7 +247,7 @@ class _Reader:
             if why := broken_pattern(pattern):
                 self.problems.append(f'{self.label}: {name} has "{pattern}", which is no regular expression: {why}.')
             elif not accepts(item):
-                self.problems.append(f'{self.label}: {name}["{pattern}"] must be {expected}, got {_shown(item)}.')
+                self.problems.append(f'{self.label}: {name}["{pattern}"] must be {expected}, got {shown(item)}.')
             else:
                 taken[pattern] = item
         return taken
@@ -281,15 +272,15 @@ class _Reader:
         stated, label = self.stated, self.label
         kind = stated.get("peft_type")
         if kind != "LORA":
-            self.problems.append(f'{label}: peft_type must be "LORA", got {_shown(kind)}; only LoRA can be fused.')
-        found = [f"{name} = {_shown(stated[name])} ({why})" for name, why in _NOT_FUSABLE.items() if stated.get(name)]
+            self.problems.append(f'{label}: peft_type must be "LORA", got {shown(kind)}; only LoRA can be fused.')
+        found = [f"{name} = {shown(stated[name])} ({why})" for name, why in _NOT_FUSABLE.items() if stated.get(name)]
         bias = stated.get("bias", "none")
         if bias not in (None, "none"):
-            found.append(f"bias = {_shown(bias)} (trained biases of the base)")
+            found.append(f"bias = {shown(bias)} (trained biases of the base)")
         init = stated.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
             found.append(
-                f"init_lora_weights = {_shown(init)} (it changed the base weight; save with PEFT's "
+                f"init_lora_weights = {shown(init)} (it changed the base weight; save with PEFT's "
                 "path_initial_model_for_weight_conversion, which writes a plain LoRA)"
             )
         if found:

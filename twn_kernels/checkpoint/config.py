@@ -21,6 +21,22 @@ GATE_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 POOLINGS = ("mean", "last", "first")
 
 
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number that a float can hold: not a bool, NaN, infinity or an endless integer."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """``value`` as JSON, cut to one line's length, for messages."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _one_of(options: tuple) -> Callable[[Any], str | None]:
     names = ", ".join("null" if option is None else f'"{option}"' for option in options)
 
@@ -36,8 +52,7 @@ def _one_of(options: tuple) -> Callable[[Any], str | None]:
 
 def _number(expected: str, accepts: Callable[[float], bool]) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return None if plain and accepts(value) else expected
+        return None if is_number(value) and accepts(value) else expected
 
     return check
 
@@ -122,7 +137,7 @@ class TWNConfig:
         object.__setattr__(self, "assumed", tuple(self.assumed))
         for name, check in _CHECKS.items():
             if expected := check(getattr(self, name)):
-                raise OptionError(f"TWNConfig.{name} must be {expected}, got {_shown(getattr(self, name))}.")
+                raise OptionError(f"TWNConfig.{name} must be {expected}, got {shown(getattr(self, name))}.")
         if unknown := [name for name in self.assumed if name not in _CHECKS]:
             raise OptionError(f"TWNConfig.assumed names {quoted(unknown)}; the fields are {quoted(FIELDS)}.")
 
@@ -157,11 +172,6 @@ def _as_stops(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def read_json_object(raw: bytes, label: str) -> tuple[dict[str, Any] | None, str | None]:
     """Parse a JSON object.
 
@@ -194,7 +204,7 @@ def _flattened(stated: Mapping[str, Any], label: str) -> tuple[dict[str, Any], l
     inner = {"temperature": 0.0} if decoding == "greedy" else decoding
     if not isinstance(inner, Mapping):
         problems.append(
-            f'{label}: decoding must be "greedy" or an object of temperature and top_p, got {_shown(decoding)}.'
+            f'{label}: decoding must be "greedy" or an object of temperature and top_p, got {shown(decoding)}.'
         )
         return flat, problems
     for name, value in inner.items():
@@ -234,7 +244,7 @@ def parse_twn_config(raw: bytes | None, label: str) -> tuple[TWNConfig, list[str
             continue
         value = _as_stops(value) if name == "think_end" else value
         if expected := _CHECKS[name](value):
-            problems.append(f"{label}: {name} must be {expected}, got {_shown(flat[name])}.")
+            problems.append(f"{label}: {name} must be {expected}, got {shown(flat[name])}.")
         else:
             values[name] = value
     assumed = tuple(name for name in FIELDS if name not in values)

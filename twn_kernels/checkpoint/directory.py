@@ -103,7 +103,7 @@ def scan_directory(path: Path, label: str) -> DirectoryScan:
         near = "".join(did_you_mean(name, others) for name in absent)
         scan.problems.append(
             f"{label} has no adapter {quoted(absent)}; both reasoning/ and embedding/ are needed. "
-            f"Its directories: {quoted(folders)}.{near.replace('Did you mean', 'Meant by')}"
+            f"Its directories: {quoted(folders)}.{near}"
         )
     elif extra:
         scan.problems.append(f"{label} holds adapters beside reasoning and embedding: {quoted(extra)}; remove them.")

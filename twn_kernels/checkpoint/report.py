@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -232,7 +234,7 @@ def _value(value: Any) -> str:
         return "null"
     if isinstance(value, tuple):
         return ", ".join(_value(item) for item in value)
-    return f'"{value}"' if isinstance(value, str) and not value.isidentifier() else str(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and not value.isidentifier() else str(value)
 
 
 def _shown_counts(counts: Mapping[str, int]) -> str:
@@ -276,8 +278,6 @@ def _adapter_table(adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _wrapped(title: str, cells: list[str], width: int = 44) -> list[list[str]]:
-    import textwrap
-
     columns = [textwrap.wrap(cell, width, break_on_hyphens=False) or [""] for cell in cells]
     height = max((len(column) for column in columns), default=0)
     return [
