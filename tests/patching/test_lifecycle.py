@@ -10,7 +10,6 @@ import torch
 from twn_kernels import patch, route, status, unpatch
 from twn_kernels.errors import ImplUnavailable, PatchError
 from twn_kernels.modules import DualLoRALinear
-from twn_kernels.patching import adapters_of
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 from twn_kernels.testing.tiny_models import FAMILIES, tiny_inputs, tiny_model
 
@@ -274,18 +273,6 @@ def test_peft_models_save_as_before(pair, tmp_path):
     for name in NAMES:
         a, b = (load_file(tmp_path / at / name / "adapter_model.safetensors") for at in "ab")
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_adapters_of(pair):
-    model = _fill_(patch(tiny_model("llama"), rank=2))
-    found = adapters_of(model)
-    assert set(found) == set(NAMES) and len(found["reasoning"]) == 14
-    lora = found["embedding"]["model.layers.1.mlp.up_proj"]
-    layer = model.model.layers[1].mlp.up_proj
-    assert lora.A is layer.lora_A["embedding"] and lora.B is layer.lora_B["embedding"] and lora.scaling == 1.0
-    _, peft, _ = pair("llama")
-    lora = adapters_of(patch(peft))["reasoning"]["model.layers.0.self_attn.q_proj"]
-    assert lora.scaling == pytest.approx((5 + 1.3) / 5) and lora.A.shape == (5, 64)
 
 
 def test_tied_weights_and_heads_are_left_alone():

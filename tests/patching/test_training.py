@@ -1,4 +1,4 @@
-"""Training a patched model: activation checkpointing, autocast, dropout, inference mode, and gradients that stay apart."""
+"""Training a patched model: checkpointed blocks, autocast, dropout, inference mode, gradients that stay apart."""
 
 import copy
 
@@ -76,7 +76,9 @@ def test_checkpointing_of_ones_own_is_never_silently_wrong():
     expected = _grads(model)
     with route(model, "reasoning"):
         out = checkpoint(layer, x, use_reentrant=False).sum()
-    with pytest.raises(PatchError, match=r"recomputed .* under another route \(base only\) than the last forward's \(reas"):
+    with pytest.raises(
+        PatchError, match=r"recomputed .* under another route \(base only\) than the last forward's \(reas"
+    ):
         out.backward()
     model.zero_grad()
     with route(model, "reasoning"):

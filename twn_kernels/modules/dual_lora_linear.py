@@ -109,7 +109,7 @@ class DualLoRALinear(nn.Linear):
         """Turn ``linear`` itself into a dual-LoRA layer; its parameters and hooks stay as they are.
 
         Args:
-            linear: a plain ``nn.Linear``.
+            linear: an ``nn.Linear``, or a subclass that computes nothing else.
             adapters: by name; their tensors become parameters without a copy.
             routing: what the layer follows; shared by the layers of a model.
             impl: as in :func:`twn_kernels.ops.dual_lora_linear`.
@@ -117,17 +117,17 @@ class DualLoRALinear(nn.Linear):
             follows_rows: False where the layer's tokens do not belong to the batch's rows in order.
 
         Raises:
-            PatchError: ``linear`` is not exactly an ``nn.Linear``.
+            PatchError: ``linear`` is no ``nn.Linear``, or dual already.
             OptionError: an adapter's name is unknown.
         """
-        if type(linear) is not nn.Linear:
+        if not isinstance(linear, nn.Linear) or isinstance(linear, DualLoRALinear):
             raise PatchError(f'layer "{path}" must be a plain nn.Linear to adopt, got {type(linear).__name__}.')
         for name in adapters:
             if name not in ADAPTERS:
                 raise OptionError(
                     f"adapter must be one of {quoted(ADAPTERS)}, got {name!r}.{did_you_mean(name, ADAPTERS)}"
                 )
-        linear.__class__ = cls
+        linear.plain_class, linear.__class__ = type(linear), cls
         try:
             linear._attach(adapters, routing, impl=impl, path=path, follows_rows=follows_rows)
         except BaseException:
@@ -145,12 +145,12 @@ class DualLoRALinear(nn.Linear):
         self.routing, self.impl, self.path, self.follows_rows = routing, impl, path, follows_rows
 
     def release(self) -> nn.Linear:
-        """Turn this layer back into the plain ``nn.Linear`` it was; the adapters are dropped."""
+        """Turn this layer back into the plain linear it was; the adapters are dropped."""
         for name in ("lora_A", "lora_B"):
             self._modules.pop(name, None)
+        self.__class__ = self.__dict__.pop("plain_class", nn.Linear)
         for name in _OWN_ATTRIBUTES:
             self.__dict__.pop(name, None)
-        self.__class__ = nn.Linear
         return self
 
     def lora(self, name: str) -> LoRA | None:

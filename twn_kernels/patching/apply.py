@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from twn_kernels.patching.fit import checksum, fit_checkpoint, layer_adapters
 from twn_kernels.patching.names import collapse
 from twn_kernels.patching.peft_sites import adapter_names, holds_peft_layers, peft_sites
 from twn_kernels.patching.record import PatchRecord, find_record, require_record
-from twn_kernels.patching.specs import choose_targets, family_of, follows_rows
+from twn_kernels.patching.specs import choose_targets, family_of, follows_rows, is_plain_linear
 from twn_kernels.patching.surroundings import Surroundings
 from twn_kernels.settings import ADAPTERS, IMPLS, ROUTE_BITS
 
@@ -165,7 +166,7 @@ def _patch_checkpoint(model: nn.Module, source: Any, fuse: bool, impl: str) -> n
     found = {path: layer_adapters(checkpoint, fitted, path, linear) for path, linear in layers.items()}
     record = _plain_record(model, "checkpoint", request, layers, fuse, impl)
     record.checkpoint_layers = fitted
-    record.configs = {name: adapter.config for name, adapter in checkpoint.adapters.items()}
+    record.origins = {name: dataclasses.replace(checkpoint.adapters[name], layers={}) for name in ADAPTERS}
     return _swap(model, record, _adoptions(record, found))
 
 
@@ -208,7 +209,7 @@ def _shown(value: Any) -> str:
 def _check_linears(layers: Mapping[str, nn.Module]) -> None:
     problems: dict[str, list[str]] = {}
     for path, module in layers.items():
-        if type(module) is not nn.Linear:
+        if not is_plain_linear(module):
             problems.setdefault(f"{type(module).__name__}, not a plain nn.Linear", []).append(path)
         elif "forward" in module.__dict__:
             problem = "nn.Linear with a forward set on the instance (an offloading or wrapping hook)"

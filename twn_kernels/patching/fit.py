@@ -39,9 +39,7 @@ def fit_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> dict[str, dict[s
         source = f" ({checkpoint.source})" if checkpoint.source else ""
         base = f"\nThe checkpoint names its base: {checkpoint.base_model_name}." if checkpoint.base_model_name else ""
         raise CheckpointError(
-            f"the checkpoint{source} does not fit {type(model).__name__}:\n  "
-            + "\n  ".join(problems)
-            + base
+            f"the checkpoint{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems) + base
         )
     return fitted
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from twn_kernels.errors import PatchError, UnsupportedModel, did_you_mean, quoted
 from twn_kernels.patching.names import collapse
+from twn_kernels.patching.specs import is_plain_linear
 from twn_kernels.settings import ADAPTERS, MAX_RANK
 
 __all__ = ["adapter_names", "holds_peft_layers", "peft_sites"]
@@ -21,9 +22,11 @@ def holds_peft_layers(model: nn.Module) -> bool:
     """Whether PEFT has put adapters into ``model``; PEFT is not imported to find out."""
     if "peft" not in sys.modules:
         return False
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return hasattr(model, "peft_config") or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    # The attribute peft_config says nothing: a model keeps it after its adapters were unloaded.
+    return isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def adapter_names(model: nn.Module, adapters: tuple[str, str]) -> tuple[str, str]:
@@ -42,7 +45,9 @@ def adapter_names(model: nn.Module, adapters: tuple[str, str]) -> tuple[str, str
     missing = [name for name in wanted if name not in loaded]
     if missing:
         near = "".join(did_you_mean(name, set(loaded) - set(wanted)) or did_you_mean(name, loaded) for name in missing)
-        near = near or _rename_hint(loaded, wanted)
+        if len(missing) == len(loaded) == 2:
+            near = f" If these two are they, name them: adapters={tuple(loaded)} (the reasoning adapter first)."
+        near = near or f" Load both: model.load_adapter(path, adapter_name={missing[0]!r})."
         each = " and ".join(f'adapter "{name}"' for name in missing)
         raise PatchError(f"{each} {_is(missing)} not loaded; loaded: {quoted(sorted(loaded))}.{near}")
     others = sorted(set(loaded) - set(wanted))
@@ -100,12 +105,6 @@ def _is(names: list[str]) -> str:
     return "is" if len(names) == 1 else "are"
 
 
-def _rename_hint(loaded: list[str], wanted: tuple[str, ...]) -> str:
-    if len(loaded) == 2:
-        return f" If these two are they, name them: adapters={tuple(loaded)} (the reasoning adapter first)."
-    return f" Load both: model.load_adapter(path, adapter_name={wanted[0]!r})."
-
-
 def _layer_problems(layer: nn.Module, adapters: tuple[str, str]) -> Iterator[str]:
     from peft.tuners.lora.layer import Linear
 
@@ -113,7 +112,7 @@ def _layer_problems(layer: nn.Module, adapters: tuple[str, str]) -> Iterator[str
         yield f"{type(layer).__name__} is no LoRA on an nn.Linear"
         return
     base = layer.base_layer
-    if type(base) is not nn.Linear:
+    if not is_plain_linear(base):
         yield f"the base layer is {type(base).__name__}, not nn.Linear"
     if layer.fan_in_fan_out:
         yield "fan_in_fan_out (the base weight is stored transposed)"

@@ -31,7 +31,7 @@ class PatchRecord:
         family: row of the table, where there is one.
         fuse, impl: as asked.
         checkpoint_layers: for each adapter, the path in the checkpoint by path in the model.
-        configs: adapter configurations of the checkpoint, by name.
+        origins: the checkpoint's adapters without their weights, by name.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class PatchRecord:
     fuse: bool
     impl: str
     checkpoint_layers: dict[str, dict[str, str]] = field(default_factory=dict)
-    configs: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, Any] = field(default_factory=dict)
 
     def attach(self, model: nn.Module) -> None:
         """Leave the record on ``model`` and on its layers."""

@@ -14,7 +14,16 @@ from torch import nn
 
 from twn_kernels.errors import OptionError, PatchError, did_you_mean, quoted
 
-__all__ = ["FAMILY_SPECS", "FamilySpec", "choose_targets", "family_of", "follows_rows", "in_tower", "output_embeddings"]
+__all__ = [
+    "FAMILY_SPECS",
+    "FamilySpec",
+    "choose_targets",
+    "family_of",
+    "follows_rows",
+    "in_tower",
+    "is_plain_linear",
+    "output_embeddings",
+]
 
 _SEPARATE = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -81,9 +90,15 @@ FAMILY_SPECS = (
 
 # Path components under which tokens are patches, frames or projections of them, across the families of transformers.
 _TOWER = re.compile(
-    r"(?:^|\.)(?:visual|vision\w*|image_\w+|img_\w+|audio\w*|speech\w*|video\w*|multi_modal_projector|multimodal_projector|"
+    r"(?:^|\.)(?:visual\w*|vision\w*|image_\w+|img_\w+|audio\w*|speech\w*|video\w*|multi_modal_projector|multimodal_projector|"
     r"mm_projector|embed_vision|embed_audio|vqmodel|perceiver\w*|connector)(?:\.|$)"
 )
+# Subclasses that compute x W^T + b and nothing else, by module and name; any other may compute something of its own.
+_PLAIN_LINEARS = {
+    ("torch.nn.modules.linear", "Linear"),
+    ("torch.nn.modules.linear", "NonDynamicallyQuantizableLinear"),
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
+}
 # A routed expert reads a subset of the tokens, in its own order.
 _EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 
@@ -92,6 +107,11 @@ def family_of(model: nn.Module) -> FamilySpec | None:
     """The row of the table for ``model``, by its configuration; None where there is none."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return next((spec for spec in FAMILY_SPECS if model_type in spec.model_types), None)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is an ``nn.Linear`` that computes what ``nn.Linear`` computes."""
+    return (type(module).__module__, type(module).__name__) in _PLAIN_LINEARS
 
 
 def in_tower(path: str) -> bool:

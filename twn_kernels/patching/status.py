@@ -1,4 +1,4 @@
-"""What a patched model runs, why, and what the patch costs; and its adapters, to keep."""
+"""What a patched model runs, why, and what the patch costs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 from twn_kernels.errors import ImplUnavailable
 from twn_kernels.ops import LoRA, choice
 from twn_kernels.patching.names import collapse
-from twn_kernels.patching.record import PatchRecord, find_record, require_record
+from twn_kernels.patching.record import PatchRecord, find_record
 from twn_kernels.patching.specs import FamilySpec
 from twn_kernels.settings import ADAPTERS
 
-__all__ = ["LayerStatus", "Status", "adapters_of", "status"]
+__all__ = ["LayerStatus", "Status", "loras_of", "status"]
 
 _SOURCES = {
     "peft": "PEFT's own, in the model",
@@ -140,33 +140,15 @@ def status(model: nn.Module) -> Status:
     )
 
 
-def adapters_of(model: nn.Module) -> dict[str, dict[str, LoRA]]:
-    """The adapters of a patched model, by adapter and layer, to save or inspect; the tensors are the model's own.
-
-    Returns:
-        ``{"reasoning": {path: LoRA(A, B, scaling)}, "embedding": ...}``. Paths are those of the checkpoint where the
-        adapters came from one, else those of the model without PEFT's prefix.
-
-    Raises:
-        PatchError: the model is not patched.
-    """
-    record = require_record(model, "adapters_of")
-    out: dict[str, dict[str, LoRA]] = {name: {} for name in ADAPTERS}
-    for path, layer in record.layers.items():
-        for name, lora in _loras(layer, record).items():
-            known = record.checkpoint_layers.get(name, {}).get(path)
-            out[name][known or path.removeprefix("base_model.model.")] = lora
-    return out
-
-
-def _loras(layer: nn.Module, record: PatchRecord) -> dict[str, LoRA]:
+def loras_of(layer: nn.Module, record: PatchRecord) -> dict[str, LoRA]:
+    """The adapters of one patched layer, by the package's names."""
     own = getattr(record.state, "adapters", ADAPTERS)
     found = {name: layer.lora(inner) for name, inner in zip(ADAPTERS, own, strict=True)}
     return {name: lora for name, lora in found.items() if lora is not None}
 
 
 def _layer_status(path: str, layer: nn.Module, record: PatchRecord) -> LayerStatus:
-    loras = _loras(layer, record)
+    loras = loras_of(layer, record)
     weight = layer.weight
     tensors = [tensor for lora in loras.values() for tensor in (lora.A, lora.B)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
