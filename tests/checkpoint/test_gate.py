@@ -218,6 +218,13 @@ def test_queries(twn, kind):
     assert torch.equal(read, queries) and not read.requires_grad
 
 
+def test_a_trained_temperature_beside_the_queries_is_reported(twn):
+    queries = torch.randn(4, H)
+    torch.save({"queries": queries, "logit_scale": torch.tensor(0.5)}, twn / "queries.pt")
+    assert torch.equal(load_checkpoint(twn).queries, queries)
+    assert "queries.pt: values beside the tensors were not used: logit_scale = 0.5" in inspect_checkpoint(twn).notes
+
+
 def test_queries_as_safetensors(twn):
     queries = torch.randn(4, H).bfloat16()
     save_file({"anything.at.all": queries}, twn / "queries.safetensors")

@@ -129,6 +129,12 @@ def test_a_local_directory_of_that_name_wins(pristine, tmp_path, monkeypatch):
     assert load_checkpoint("owner/name").queries is not None
 
 
+def test_a_repository_of_something_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path / "never-made"))
+    with pytest.raises(CheckpointError, match="owner/name is on the Hub, but has no file of a TWN directory in sub/"):
+        load_checkpoint("owner/name", subfolder="sub")
+
+
 def test_an_incomplete_snapshot_is_reported(cache):
     shutil.rmtree(cache / "models--owner--name" / "snapshots" / COMMIT / "reasoning")
     with pytest.raises(CheckpointError, match='owner/name has no adapter "reasoning"'):

@@ -146,7 +146,7 @@ def test_old_lookup(ranks, alphas):
     for module in NAMES:
         old = old_peft(rank_pattern, alpha_pattern, module)
         assert pattern_value_before_014(rank_pattern, alpha_pattern, module, 4, 8) == old
-        assert config.reads_otherwise_before_014(module) == (old != (config.rank(module), config.alpha(module)))
+        assert config.before_014(module) == old
 
 
 def test_old_file_whose_alphas_meant_something_else_warns(twn, edit_config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import stat
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,7 +106,9 @@ def test_built_in_memory_is_deterministic_and_loads(tmp_path):
     save_checkpoint(checkpoint, tmp_path / "a")
     save_checkpoint(copy.deepcopy(checkpoint), tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    read = load_checkpoint(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = load_checkpoint(tmp_path / "a")
     assert list(read.gate) == ["b.weight", "a.weight", "c.weight"]
     assert read.base_model_name == "some/base" and read.config.values() == checkpoint.config.values()
     for name, adapter in checkpoint.adapters.items():

@@ -304,8 +304,10 @@ def _check_targets(scan: AdapterScan, label: str) -> None:
     targets = config.target_modules if isinstance(config.target_modules, tuple) else ()
     if unused := [target for target in targets if not any(matches((target,), module) for module in modules)]:
         scan.warnings.append(f"{scan.label}/{CONFIG_NAME}: target_modules without any tensor: {quoted(unused)}.")
-    if config.peft_version is None:
-        if changed := [module for module in modules if config.reads_otherwise_before_014(module)]:
+    # Only a file whose ranks agree with the old lookup can have been written under it.
+    old = {module: config.before_014(module) for module in modules}
+    if config.peft_version is None and all(old[module][0] == scan.layers[module].rank for module in modules):
+        if changed := [module for module in modules if old[module][1] != config.alpha(module)]:
             scan.warnings.append(
                 f"{scan.label}/{CONFIG_NAME}: written by PEFT before 0.18; rank_pattern and alpha_pattern are read as "
                 f"PEFT reads them since 0.15, but PEFT before that took other values for: {listed(changed)}."

@@ -115,10 +115,9 @@ class AdapterConfig:
             layers_pattern=self.layers_pattern,
         )
 
-    def reads_otherwise_before_014(self, module: str) -> bool:
-        """Whether PEFT before 0.14 took another rank or alpha for ``module`` than PEFT does since."""
-        old = pattern_value_before_014(self.rank_pattern, self.alpha_pattern, module, self.r, self.lora_alpha)
-        return old != (self.rank(module), self.alpha(module))
+    def before_014(self, module: str) -> tuple[int, float]:
+        """The rank and alpha that PEFT before 0.14 took for ``module``; since then a pattern means something else."""
+        return pattern_value_before_014(self.rank_pattern, self.alpha_pattern, module, self.r, self.lora_alpha)
 
     def to_json(self) -> bytes:
         """The bytes of ``adapter_config.json``: as read while unchanged, else PEFT's own layout with these values."""

@@ -16,7 +16,7 @@ import torch
 
 from twn_kernels.checkpoint.adapter import AdapterScan, is_adapter_dir, listed, non_finite, scan_adapter
 from twn_kernels.checkpoint.config import TWNConfig, parse_twn_config
-from twn_kernels.checkpoint.gate import GateLayout, gate_inputs, gate_layout, queries_tensor
+from twn_kernels.checkpoint.gate import GateLayout, gate_inputs, gate_layout, is_scalar, queries_tensor
 from twn_kernels.checkpoint.tensorfile import (
     TensorFile,
     infos_of,
@@ -85,7 +85,10 @@ def scan_directory(path: Path, label: str) -> DirectoryScan:
     Raises:
         CheckpointError: the directory is empty, or is one PEFT adapter rather than two.
     """
-    entries = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    try:
+        entries = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"{label} cannot be read: {error.strerror or error}.") from error
     if not entries:
         raise CheckpointError(f"{label} is empty; a TWN directory holds reasoning/ and embedding/ (PEFT adapters).")
     folders = [name for name in entries if (path / name).is_dir()]
@@ -141,7 +144,9 @@ def _read_parts(scan: DirectoryScan, path: Path, entries: list[str]) -> None:
     try:
         scan.queries_file = _open_small(scan, path, entries, QUERIES)
         if scan.queries_file is not None:
-            scan.queries = queries_tensor(scan.queries_file.tensors, scan.queries_file.name)
+            part = scan.queries_file
+            scan.queries = queries_tensor(part.tensors, part.name)
+            part.extras.update({name: value.item() for name, value in part.tensors.items() if is_scalar(value)})
     except CheckpointError as error:
         scan.problems.append(str(error))
     if (GATE in _stems(entries)) != (QUERIES in _stems(entries)):

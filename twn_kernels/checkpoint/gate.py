@@ -217,13 +217,16 @@ def gate_inputs(in_features: int, num_queries: int, hidden: int) -> tuple[str, .
 def queries_tensor(tensors: Mapping[str, torch.Tensor], label: str) -> torch.Tensor:
     """The queries ``[num_queries, hidden]`` of a file's tensors; the only one, ``[1, N, H]`` flattened.
 
+    Scalars beside it, such as a trained temperature of the loss, take no part in embedding.
+
     Raises:
         CheckpointError: there is more than one tensor, or one of another shape or dtype.
     """
-    if len(tensors) != 1:
-        listing = ", ".join(f'"{name}" {list(tensor.shape)}' for name, tensor in tensors.items())
-        raise CheckpointError(f"{label} must hold one tensor [num_queries, hidden], got {len(tensors)}: {listing}.")
-    name, tensor = next(iter(tensors.items()))
+    given = {name: tensor for name, tensor in tensors.items() if not is_scalar(tensor)} or tensors
+    if len(given) != 1:
+        listing = ", ".join(f'"{name}" {list(tensor.shape)}' for name, tensor in given.items())
+        raise CheckpointError(f"{label} must hold one tensor [num_queries, hidden], got {len(given)}: {listing}.")
+    name, tensor = next(iter(given.items()))
     shape = list(tensor.shape)
     fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
     if not fits or 0 in shape:
@@ -234,6 +237,11 @@ def queries_tensor(tensors: Mapping[str, torch.Tensor], label: str) -> torch.Ten
         allowed, got = (", ".join(map(_dtype_name, dtypes)) for dtypes in (WEIGHT_DTYPES, (tensor.dtype,)))
         raise CheckpointError(f'{label}: "{name}" must be one of {allowed}, got {got}.')
     return tensor.reshape(shape[-2:])
+
+
+def is_scalar(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one number."""
+    return tensor.numel() == 1 and tensor.dim() <= 1
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -102,6 +102,9 @@ def _from_hub(label: str, is_text: bool, subfolder: str | None, options: HubOpti
         )
     except Exception as error:  # the Hub client raises its own, its HTTP library's and the system's errors
         raise CheckpointError(_why_not(label, options, error)) from error
+    if not Path(found).is_dir():
+        where = f" in {prefix}" if prefix else ""
+        raise CheckpointError(f"{label} is on the Hub, but has no file of a TWN directory{where}.")
     return Path(found)
 
 

@@ -268,7 +268,7 @@ def _adapter_table(adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "parameters": lambda info: f"{info['parameters']:,}",
         "bytes": lambda info: _size(info["bytes"]),
         "file": lambda info: f"{info['directory']}/{info['weights']}",
-        "PEFT": lambda info: info["peft_version"] or "version not stated (before 0.18)",
+        "PEFT": lambda info: info["peft_version"] or "version not stated",
     }
     body = []
     for title, cell in rows.items():
