@@ -47,6 +47,16 @@ def test_each_impl_that_cannot_run_gives_one_line_with_the_reason():
     assert len([line for line in lines if "cuda on cpu" in line]) == 1
 
 
+@pytest.mark.parametrize("op", ["gate_scores", "pool_queries"])
+def test_the_small_ops_are_checked_too(monkeypatch, op):
+    ours, in_torch, shapes = doctor._SINGLE[op]
+    green = by_name(doctor._single_implementation(torch.device("cpu")))
+    assert {check.status for check in green.values()} == {doctor.OK} and len(green) == 6
+    monkeypatch.setitem(doctor._SINGLE, op, (lambda *inputs: ours(*inputs) * 1.001, in_torch, shapes))
+    checks = by_name(doctor._single_implementation(torch.device("cpu")))
+    assert checks[f"{op} forward, reference, bf16, cpu"].status == doctor.FAIL
+
+
 @pytest.fixture
 def only_blas(monkeypatch):
     monkeypatch.setattr(doctor, "IMPLS", ("auto", "blas"))

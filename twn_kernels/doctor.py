@@ -15,7 +15,15 @@ from torch import Tensor
 from twn_kernels import env
 from twn_kernels.errors import ImplUnavailable, MissingDependency
 from twn_kernels.impl.cuda import loader
-from twn_kernels.ops import LoRA, RoutePlan, choice, dual_lora_linear, dual_lora_linear_fanout
+from twn_kernels.ops import (
+    LoRA,
+    RoutePlan,
+    choice,
+    dual_lora_linear,
+    dual_lora_linear_fanout,
+    gate_scores,
+    pool_queries,
+)
 from twn_kernels.settings import IMPLS
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 
@@ -78,6 +86,7 @@ def examine(device: torch.device | str | None = None) -> Iterator[Check]:
             continue
         for dtype in DTYPES:
             yield from _dual_lora(impl, dtype, device)
+    yield from _single_implementation(device)
 
 
 def render(checks: list[Check]) -> str:
@@ -134,6 +143,43 @@ def _dual_lora(impl: str, dtype: str, device: torch.device) -> Iterator[Check]:
         for part in ("forward", "backward"):
             names = [name for name in truth if name.startswith("d(") == (part == "backward")]
             yield _compare(_name(op, part, impl, dtype, device), impl, names, got, truth, own)
+
+
+def _single_implementation(device: torch.device) -> Iterator[Check]:
+    """The ops that are plain PyTorch everywhere and compute in fp32 whatever dtype they are given."""
+    for dtype in ("fp32", "fp16", "bf16"):
+        for op, (ours, in_torch, shapes) in _SINGLE.items():
+            generator = torch.Generator().manual_seed(0)
+            draws = [torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for shape in shapes]
+            inputs = [draw.to(device, DTYPES[dtype][0]) for draw in draws]
+            title = _name(op, "forward", "reference", dtype, device)
+            try:
+                got = ours(*inputs)
+            except Exception as error:  # the finding itself, as above
+                yield Check(title, FAIL, _first_line(error), _fix("reference", error))
+                continue
+            truth, own = (in_torch(*(t.to(wide) for t in inputs)) for wide in (torch.float64, torch.float32))
+            yield _compare(title, "reference", [op], {op: got}, {op: truth}, {op: own})
+
+
+def _gate(features: Tensor, weight: Tensor, bias: Tensor, head: Tensor) -> Tensor:
+    return gate_scores(features, [(weight, bias), (head, None)])
+
+
+def _gate_in_torch(features: Tensor, weight: Tensor, bias: Tensor, head: Tensor) -> Tensor:
+    functional = torch.nn.functional
+    return functional.linear(functional.gelu(functional.linear(features, weight, bias)), head).sigmoid()[:, 0]
+
+
+def _pool_in_torch(states: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(states.mean(1), dim=-1)
+
+
+# Name: the op, the same in PyTorch, and the shapes of both functions' arguments.
+_SINGLE = {
+    "gate_scores": (_gate, _gate_in_torch, ((37, 96), (81, 96), (81,), (1, 81))),
+    "pool_queries": (pool_queries, _pool_in_torch, ((37, 5, 96),)),
+}
 
 
 def _compare(title: str, impl: str, names: list[str], got: dict, truth: dict, own: dict) -> Check:

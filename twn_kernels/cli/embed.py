@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -223,6 +224,9 @@ def _rows(sources: list[Source], details: list) -> list[dict]:
     for index, (source, detail) in enumerate(zip(sources, details, strict=True)):
         fields = dataclasses.asdict(detail) if dataclasses.is_dataclass(detail) else dict(detail)
         rows.append({"index": index, "source": source.name, "line": source.line, **fields})
+        for name, value in fields.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                rows[-1][name] = str(value)  # JSON has no word for it
     return rows
 
 
