@@ -70,11 +70,12 @@ _NO_MEDIA = "{%- if part['type'] == 'text' %}"
 _IMAGE_AREA = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
 _VIDEO_AREA = {"shortest_edge": 2 * 16 * 16, "longest_edge": 4 * 64 * 64}
 # Random attention averages its context away and greedy text would forget the prompt; larger output projections keep it.
-_ATTENTION_GAIN = 4.0
+_ATTENTION_GAIN = 2.0
 _ATTENTION_OUTPUTS = ("o_proj.weight", "attention.dense.weight")
 _THOUGHT_TOKENS = 24
-# Share of the prompts below whose greedy text writes the token within that many; together about two in three.
-_STOP_SHARES = {"</think>": 0.5, _EOS: 0.25}
+_FREE_STEPS = 3
+# Share of the prompts below whose greedy text writes the token within that many.
+_STOP_SHARES = {"</think>": 0.35, _EOS: 0.2}
 _PROMPTS = tuple(f"{head} {tail}" for head in _CORPUS[:4] for tail in ("Why?", "In one word.", "Name it.", "12"))
 
 
@@ -89,12 +90,12 @@ def write_tiny_model(
 ) -> Path:
     """Write a tiny model of ``family``, its tokenizer and, for a vision family, its processor.
 
-    ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``, ``AutoTokenizer`` and ``AutoProcessor`` read it like any
-    other. The same arguments write the same bytes. The weights are random and mean nothing, but greedy text depends on
-    the input, and the output rows of ``</think>`` and ``<|im_end|>`` are scaled so that, over sixteen prompts run here,
-    they end about half and a quarter of the texts within 24 tokens. Where the output layer has weights of its own, those
-    of the other special tokens and of bytes that are no ASCII text are zero, so that greedy text is readable and holds no
-    placeholder of an image.
+    ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``, ``AutoTokenizer`` and ``AutoProcessor`` read it like
+    any other. The same arguments write the same bytes. The weights are random and mean nothing, but greedy text depends
+    on the input, and the output rows of ``</think>`` and ``<|im_end|>`` are scaled so that, over sixteen prompts run
+    here, they end about a third and a fifth of the texts within 24 tokens. Where the output layer has weights of its
+    own, those of the other special tokens and of bytes that are no ASCII text are zero, so that greedy text is readable
+    and holds no placeholder of an image.
 
     Args:
         directory: where; made when missing.
@@ -195,11 +196,13 @@ def _tune_output(model: torch.nn.Module, tokenizer, seed: int) -> None:
         weight[[index for index in range(len(tokenizer)) if not _is_text(tokenizer, index)]] = 0.0
     states, best = _greedy_states(model, tokenizer)
     generator = torch.Generator().manual_seed(20_000 + seed)
-    mean = torch.nn.functional.normalize(states.mean((0, 1)), dim=0)
+    # Directions that texts share: their mean, and that of each of the first steps.
+    shared = torch.cat([states.mean((0, 1))[None], states.mean(0)[:_FREE_STEPS]])
+    span = torch.linalg.qr(shared.T).Q
     for index, share in stops.items():
         row = torch.randn(weight.shape[1], generator=generator)
-        # Away from the mean state, the logit has no constant part: it peaks at some steps of some texts.
-        row -= (row @ mean) * mean
+        # Without them the logit has no constant part: it peaks at some steps of some texts, and not at the start.
+        row -= span @ (span.T @ row)
         needed = (best / (states @ row).clamp_min(1e-3)).amin(1)
         # Rounded, so that the order of a sum on another machine does not show.
         weight[index] = row * round(needed.quantile(share).item(), 2)
