@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -69,6 +71,12 @@ class TestMissing:
         with pytest.raises(CheckpointError, match=rf"has no {part}; expected {file}\.safetensors or {file}\.pt"):
             checkpoint.require(part)
 
+    def test_other_suffixes_warn(self, twn):
+        for name in ("gate_mlp", "queries"):
+            (twn / f"{name}.pt").rename(twn / f"{name}.pth")
+        with pytest.warns(TWNWarning, match=r"gate_mlp.pth, queries.pth not read; the names end in .safetensors or"):
+            assert load_checkpoint(twn).gate is None
+
     def test_subfolder(self, twn):
         assert load_checkpoint(twn.parent, subfolder="twn").queries.shape == (4, 64)
         with pytest.raises(CheckpointError, match=r"has no directory 'twm'\. Did you mean \"twn\"\?"):
@@ -104,6 +112,7 @@ class TestDamaged:
         (twn / file).write_bytes((twn / file).read_bytes()[:keep])
         text = message(twn)
         assert f"{file} is empty" in text or f"{file} is not a complete torch.save file" in text
+        assert "weights_only" not in text
 
     @pytest.mark.parametrize("file", [CONFIG, "twn_config.json"])
     @pytest.mark.parametrize(
@@ -156,7 +165,18 @@ class TestPickledCode:
         assert "it pickles torch.nn.modules.container.Sequential, " in text
         assert "torch.nn.modules.linear.Linear" in text
 
-    def test_an_adapter(self, message, twn):
+    def test_numpy(self, twn):
+        torch.save({"queries": np.ones((4, 64))}, twn / "queries.pt")
+        with pytest.raises(CheckpointError, match=r"queries.pt does not load .* it pickles numpy.*_reconstruct, "):
+            load_checkpoint(twn)
+
+    def test_an_empty_archive(self, message, twn):
+        zipfile.ZipFile(twn / "queries.pt", "w").close()
+        text = message(twn)
+        assert "queries.pt is not a complete torch.save file: its pickle cannot be parsed." in text
+        assert "weights_only" not in text
+
+    def test_an_adapter_file(self, message, twn):
         (twn / WEIGHTS).unlink()
         torch.save({"x": Evil()}, twn / "reasoning" / "adapter_model.bin")
         assert "reasoning/adapter_model.bin does not load with weights_only=True: it pickles" in message(twn)

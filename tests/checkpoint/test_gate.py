@@ -126,6 +126,12 @@ def test_wrapped_state_dicts(twn, wrap):
     assert checkpoint.gate_layout().out_features == 1
 
 
+def test_the_older_format_of_torch_save(twn):
+    state = module("sequential").state_dict()
+    torch.save(state, twn / "gate_mlp.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_checkpoint(twn).gate["0.weight"], state["0.weight"])
+
+
 def test_values_beside_the_tensors_are_reported(twn):
     torch.save({"state_dict": module("sequential").state_dict(), "epoch": 3}, twn / "gate_mlp.pt")
     assert "gate_mlp.pt: values beside the tensors were not used: epoch = 3" in inspect_checkpoint(twn).notes

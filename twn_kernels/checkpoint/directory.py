@@ -149,6 +149,9 @@ def _read_parts(scan: DirectoryScan, path: Path, entries: list[str]) -> None:
             part.extras.update({name: value.item() for name, value in part.tensors.items() if is_scalar(value)})
     except CheckpointError as error:
         scan.problems.append(str(error))
+    strays = [name for name in entries if name.split(".")[0] in (GATE, QUERIES) and not name.endswith(_SUFFIXES)]
+    if strays:
+        scan.warnings.append(f"{scan.label}: {listed(strays)} not read; the names end in .safetensors or .pt.")
     if (GATE in _stems(entries)) != (QUERIES in _stems(entries)):
         missing = QUERIES if GATE in _stems(entries) else GATE
         near = did_you_mean(f"{missing}.pt", [name for name in entries if name.endswith(_SUFFIXES)])

@@ -230,6 +230,8 @@ def load_pickled(raw: bytes, label: str) -> Any:
                 "twn-kernels convert."
             ) from error
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # torch's own advice is to load with weights_only=False, which would run what the file says.
+        why = "its pickle cannot be parsed" if "weights_only" in why else why.rstrip(".")
         raise CheckpointError(
             f"{label} is not a complete torch.save file: {why}. Copy or download it again."
         ) from error
