@@ -48,7 +48,8 @@ def _gemm_variants(configs: dict[str, list]) -> Iterator[Variant]:
     for kind, aligned in (("gemm", "all"), ("gemm_low_rank_unaligned", "base"), ("gemm_unaligned", "none")):
         for config in configs[kind]:
             yield _gemm("forward", config, "bf16", bias=True, aligned=aligned)
-            yield _gemm("dx", config, "bf16", aligned=aligned)
+            if aligned == "all" or config == configs[kind][-1]:
+                yield _gemm("dx", config, "bf16", aligned=aligned)
     largest = configs["gemm"][-1]
     yield _gemm("forward", largest, "fp16", bias=True)
     yield _gemm("base", largest, "fp16", bias=True, present=0)
@@ -57,7 +58,7 @@ def _gemm_variants(configs: dict[str, list]) -> Iterator[Variant]:
 def _separate_variants(configs: dict[str, list]) -> Iterator[Variant]:
     for kind, aligned in (("gemm_separate", "all"), ("gemm_separate_unaligned", "none")):
         for config in configs[kind]:
-            for adapters in ("bf16", "fp32"):
+            for adapters in ("bf16", "fp32") if aligned == "all" else ("fp32",):
                 yield _gemm("fanout", config, "bf16", adapters, bias=True, fanout=True, separate=True, aligned=aligned)
                 yield _gemm("dx_dropout", config, "bf16", adapters, separate=True, dropout=True, aligned=aligned)
     yield _gemm("forward", configs["gemm_separate"][-1], "fp16", "fp32", bias=True, separate=True)
@@ -65,10 +66,9 @@ def _separate_variants(configs: dict[str, list]) -> Iterator[Variant]:
 
 def _wide_variants(configs: list) -> Iterator[Variant]:
     for config in configs:
-        for aligned in ("all", "none"):
-            yield _gemm("forward", config, "fp32", bias=True, aligned=aligned)
-            yield _gemm("dx", config, "fp32", aligned=aligned)
-            yield _gemm("dx_dropout", config, "fp32", separate=True, dropout=True, aligned=aligned)
+        yield _gemm("forward", config, "fp32", bias=True, aligned="none")
+        yield _gemm("dx", config, "fp32")
+        yield _gemm("dx_dropout", config, "fp32", separate=True, dropout=True, aligned="none")
         yield _gemm("fanout", config, "fp32", bias=True, fanout=True, separate=True)
 
 
@@ -109,7 +109,7 @@ def _shrink_variants(configs: dict[str, list]) -> Iterator[Variant]:
         yield _shrink("ds", config, "bf16", aligned="none")
         for aligned in ("all", "none"):
             yield _shrink("forward_dropout", config, "bf16", "fp32", dropout=True, aligned=aligned)
-            yield _shrink("forward_dropout", config, "fp32", dropout=True, aligned=aligned)
+        yield _shrink("forward_dropout", config, "fp32", dropout=True, aligned="none")
 
 
 def _shrink(use, config, dtype, adapters=None, *, dropout=False, aligned="all") -> Variant:
@@ -137,7 +137,7 @@ def _grad_variants(configs: dict[str, list]) -> Iterator[Variant]:
         yield _grad("da_dropout", config, "bf16", dropout=True, aligned="none")
         for aligned in ("all", "none"):
             yield _grad("da_dropout", config, "bf16", "fp32", dropout=True, aligned=aligned)
-            yield _grad("da_dropout", config, "fp32", dropout=True, aligned=aligned)
+        yield _grad("da_dropout", config, "fp32", dropout=True, aligned="none")
         yield _grad("db", config, "bf16", "fp32")
 
 
