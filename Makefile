@@ -23,7 +23,7 @@ demo: $(STAMP) ## Embed real images and texts with a tiny model, compare with PE
 	@$(PY) -m twn_kernels demo
 
 test: lint ## Lint, then every test that this machine can run (CPU, under 15 minutes on 2 cores)
-	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal --durations 10 tests
+	@$(PY) -m pytest -n $(JOBS) --dist worksteal --durations 10 tests
 
 lint: $(STAMP) ## Check the code with ruff
 	@$(PY) -m ruff check .

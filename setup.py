@@ -122,8 +122,8 @@ class BuildExtension(build_ext):
         library.unlink(missing_ok=True)
         try:
             built = compile_and_link(Path(self.build_temp).resolve(), library)
-        except (CannotBuild, OSError) as error:
-            reason = str(error)
+        except Exception as error:  # whatever it is, an install that did not ask for the extension goes on
+            reason = str(error) or type(error).__name__
         report(library.parent, built, reason)
 
     def copy_extensions_to_source(self) -> None:

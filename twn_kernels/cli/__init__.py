@@ -146,7 +146,7 @@ def _device(name: str | None):
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of the checkpoint, where it is a Hub id")
     parser.add_argument("--subfolder", help="folder inside the checkpoint")
     parser.add_argument("--local-files-only", action="store_true", help="never download; use what is cached")
 
@@ -231,6 +231,7 @@ def _add_embed(subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
     parser.add_argument("--model", required=True, help="base model: a directory or a Hub id")
+    parser.add_argument("--model-revision", help="branch, tag or commit of the base model, where it is a Hub id")
     parser.add_argument("--checkpoint", required=True, help="TWN directory or Hub id")
     parser.add_argument("--out", required=True, help="vectors: .safetensors or .npy; details go beside it as .jsonl")
     parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
@@ -253,7 +254,7 @@ def _add_embed(subparsers) -> argparse.ArgumentParser:
 def _embed(arguments: argparse.Namespace) -> None:
     from twn_kernels.cli import embed
 
-    embed.run(arguments, _device(arguments.device), _print_json)
+    embed.run(arguments, _device(arguments.device), _checkpoint_options(arguments), _print_json)
 
 
 def _add_demo(subparsers) -> argparse.ArgumentParser:

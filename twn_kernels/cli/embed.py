@@ -37,8 +37,14 @@ class Source(NamedTuple):
     line: int | None = None
 
 
-def run(arguments: argparse.Namespace, device, print_json: Callable) -> None:
+def run(arguments: argparse.Namespace, device, checkpoint_options: dict, print_json: Callable) -> None:
     """Embed what the arguments name and report what was written.
+
+    Args:
+        arguments: of the subcommand.
+        device: a torch device, or None for the first GPU, else the CPU.
+        checkpoint_options: keywords of ``load_checkpoint``.
+        print_json: prints the report where JSON was asked for.
 
     Raises:
         InputError: an input file is missing, malformed or empty.
@@ -47,10 +53,7 @@ def run(arguments: argparse.Namespace, device, print_json: Callable) -> None:
     out, details_path = _outputs(arguments)
     _check_options(arguments)
     sources = read_inputs(arguments.inputs, whole_files=arguments.whole_files)
-    from twn_kernels.pipeline import TWNEmbedder
-
-    embedder = TWNEmbedder.from_pretrained(arguments.model, arguments.checkpoint, **_loading(arguments, device))
-    vectors, details = embedder.encode(
+    vectors, details = _embedder(arguments, device, checkpoint_options).encode(
         [source.value for source in sources],
         prompt=arguments.prompt,
         batch_size=arguments.batch_size,
@@ -61,8 +64,9 @@ def run(arguments: argparse.Namespace, device, print_json: Callable) -> None:
         max_think_tokens=arguments.max_think_tokens,
         return_details=True,
     )
-    write_outputs(out, details_path, vectors, _rows(sources, details))
-    thought = sum(bool(row.get("thought")) for row in _rows(sources, details))
+    rows = _rows(sources, details)
+    write_outputs(out, details_path, vectors, rows)
+    thought = sum(row["thought"] for row in rows)
     report = {
         "vectors": str(out),
         "details": str(details_path),
@@ -106,11 +110,19 @@ def _check_options(arguments: argparse.Namespace) -> None:
             raise OptionError(f"--{name.replace('_', '-')} must be 1 or more, got {value}.")
 
 
-def _loading(arguments: argparse.Namespace, device) -> dict:
-    import torch
+def _embedder(arguments: argparse.Namespace, device, checkpoint_options: dict):
+    from twn_kernels.checkpoint import load_checkpoint
+    from twn_kernels.pipeline import TWNEmbedder
 
-    dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    return {"device": device, "dtype": dtype, "impl": arguments.impl}
+    return TWNEmbedder.from_pretrained(
+        arguments.model,
+        load_checkpoint(arguments.checkpoint, **checkpoint_options),
+        dtype=None if arguments.dtype == "auto" else arguments.dtype,
+        device=device,
+        impl=arguments.impl,
+        revision=arguments.model_revision,
+        local_files_only=arguments.local_files_only,
+    )
 
 
 def read_inputs(paths: list[str], *, whole_files: bool = False) -> list[Source]:
@@ -222,7 +234,7 @@ def _local(name: str, folder: Path) -> str:
 def _rows(sources: list[Source], details: list) -> list[dict]:
     rows = []
     for index, (source, detail) in enumerate(zip(sources, details, strict=True)):
-        fields = dataclasses.asdict(detail) if dataclasses.is_dataclass(detail) else dict(detail)
+        fields = dataclasses.asdict(detail)
         rows.append({"index": index, "source": source.name, "line": source.line, **fields})
         for name, value in fields.items():
             if isinstance(value, float) and not math.isfinite(value):
