@@ -8,12 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from twn_kernels.cli import embed, main
-from twn_kernels.errors import InputError
+from twn_kernels.cli import main
 from twn_kernels.testing.tiny_models import tiny_model
 from twn_kernels.testing.twn_directory import write_twn_directory
 
@@ -94,6 +92,23 @@ def test_an_unforeseen_error_is_one_line_unless_the_traceback_is_asked_for(capsy
     assert "in broken" in capsys.readouterr().err
 
 
+def test_a_warning_is_one_line_too(checkpoint):
+    code = (
+        "import sys, warnings\n"
+        "from twn_kernels import env, errors\n"
+        "from twn_kernels.cli import main\n"
+        "def collect():\n"
+        "    warnings.warn('first\\nsecond', errors.TWNWarning)\n"
+        "    return {'a': 1}\n"
+        "env.collect = collect\n"
+        "sys.exit(main(['env']))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "a  1\n")
+    assert done.stderr == "twn-kernels env: warning: first second\n"
+
+
 def test_env(capsys):
     assert main(["env"]) == 0
     assert "libraries.torch" in capsys.readouterr().out
@@ -161,139 +176,3 @@ def test_convert_a_file_a_directory_and_a_pair(capsys, checkpoint, tmp_path):
 def test_convert_says_what_is_missing_or_too_much(capsys, checkpoint):
     assert failure(capsys, "convert", "--reasoning", "a", "--out", "b").endswith("--embedding is missing.")
     assert "got SOURCE and --reasoning" in failure(capsys, "convert", str(checkpoint), "--reasoning", "a")
-
-
-# --- embed: inputs -----------------------------------------------------------------------------------------------
-
-
-def test_text_files_are_lines_or_wholes(tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_bytes("\ufefffirst\r\n\r\n  second\u2028still second \n".encode())
-    lines = embed.read_inputs([str(path)])
-    assert [(source.value, source.line) for source in lines] == [("first", 1), ("  second\u2028still second ", 3)]
-    (whole,) = embed.read_inputs([str(path)], whole_files=True)
-    assert whole.value.startswith("first") and whole.line is None
-
-
-def test_jsonl_keeps_strings_and_takes_media_beside_the_file(tmp_path):
-    path = tmp_path / "inputs.jsonl"
-    messages = [{"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "a.png"}]}]
-    rows = [
-        "a text",
-        {"text": "a.png", "image": "sub/a.png"},
-        {"image": ["a.png", "https://host/b.png", "/abs/c.png"]},
-        messages,
-    ]
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    values = [source.value for source in embed.read_inputs([str(path)])]
-    assert values[0] == "a text"
-    assert values[1] == {"text": "a.png", "image": str(tmp_path / "sub/a.png")}
-    assert values[2] == {"image": [str(tmp_path / "a.png"), "https://host/b.png", "/abs/c.png"]}
-    assert values[3][0]["content"] == [
-        {"type": "image", "image": str(tmp_path / "b.png")},
-        {"type": "text", "text": "a.png"},
-    ]
-
-
-def test_a_folder_gives_its_images_by_name_and_counts_the_rest(tmp_path, capsys):
-    for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.png"):
-        (tmp_path / name).write_bytes(b"")
-    sources = embed.read_inputs([str(tmp_path)])
-    assert [source.value for source in sources] == [{"image": str(tmp_path / name)} for name in ("a.jpg", "b.PNG")]
-    assert "1 files that are no images are left out" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'"ok"\n{"text": \n', 'line 2: not JSON: Expecting value at column 10'),
-        ("a.jsonl", b'"ok"\n\n7\n', "line 3: expected a string, an object of modalities or a list of messages, got 7."),
-        ("a.jsonl", b"null\n", "line 1: expected a string"),
-        ("a.jsonl", b'" "\n', "line 1: the input is empty."),
-        ("a.jsonl", b"{}\n", "line 1: the input is empty."),
-        ("a.jsonl", b'["a", "b"]\n', "line 1: a list must hold chat messages"),
-        ("a.jsonl", b"\n\n", "holds no inputs; expected at least one."),
-        ("a.txt", b"", "holds no inputs; expected at least one."),
-        ("a.txt", b"ok\n\xff\xfe\n", "is not UTF-8 text (byte 3)."),
-    ],
-)
-def test_input_files_that_are_wrong(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        embed.read_inputs([str(path)])
-    assert str(path) in str(caught.value) and message in str(caught.value)
-
-
-def test_inputs_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
-        embed.read_inputs([str(tmp_path / "nowhere.txt")])
-    with pytest.raises(InputError, match="holds no images"):
-        embed.read_inputs([str(tmp_path)])
-
-
-# --- embed: options and outputs ----------------------------------------------------------------------------------
-
-
-def embed_failure(capsys, tmp_path, *options: str, out: str = "out.npy") -> str:
-    inputs = tmp_path / "inputs.txt"
-    inputs.write_text("a\n")
-    places = ["--model", str(tmp_path / "model"), "--checkpoint", str(tmp_path / "twn"), "--out", str(tmp_path / out)]
-    return failure(capsys, "embed", str(inputs), *places, *options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--threshold", "1.5"], "--threshold must be from 0 to 1 (a gate score), got 1.5."),
-        (["--threshold", "nan"], "--threshold must be from 0 to 1 (a gate score), got nan."),
-        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0."),
-        (["--max-think-tokens", "-1"], "--max-think-tokens must be 1 or more, got -1."),
-        (["--truncate-dim", "0"], "--truncate-dim must be 1 or more, got 0."),
-        (["--dtype", "bfloat"], 'got "bfloat". Did you mean "bfloat16"?'),
-        (["--impl", "tritn"], 'got "tritn". Did you mean "triton"?'),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_options_out_of_range(capsys, tmp_path, options, message):
-    assert message in embed_failure(capsys, tmp_path, *options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs.txt"]
-
-
-def test_outputs_that_cannot_be(capsys, tmp_path):
-    assert 'must end in .safetensors or .npy, got "out.csv"' in embed_failure(capsys, tmp_path, out="out.csv")
-    assert "does not exist. Create it first." in embed_failure(capsys, tmp_path, out="sub/out.npy")
-    (tmp_path / "out.jsonl").write_text("mine")
-    assert "exists. Name another file, or replace it with --overwrite." in embed_failure(capsys, tmp_path)
-    assert (tmp_path / "out.jsonl").read_text() == "mine"
-
-
-def test_the_details_never_replace_an_input(tmp_path, capsys):
-    inputs = tmp_path / "data.jsonl"
-    inputs.write_text('"a"\n')
-    places = ["--model", "m", "--checkpoint", "c", "--out", str(tmp_path / "data.npy"), "--overwrite"]
-    assert "would replace the input" in failure(capsys, "embed", str(inputs), *places)
-    assert inputs.read_text() == '"a"\n'
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
-def test_both_files_are_written_whole(tmp_path, suffix):
-    from safetensors.numpy import load_file
-
-    out, details = tmp_path / f"out{suffix}", tmp_path / "out.jsonl"
-    vectors = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
-    embed.write_outputs(out, details, vectors, [{"index": 0, "text": "ü"}, {"index": 1}])
-    read = np.load(out) if suffix == ".npy" else load_file(out)["embeddings"]
-    assert read.dtype == np.float32 and np.array_equal(read, vectors)
-    assert [json.loads(line) for line in details.read_text().splitlines()] == [{"index": 0, "text": "ü"}, {"index": 1}]
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path):
-    out, details = tmp_path / "out.npy", tmp_path / "out.jsonl"
-    out.write_bytes(b"old")
-    details.mkdir()
-    with pytest.raises(InputError, match="cannot be written"):
-        embed.write_outputs(out, details, np.zeros((1, 2), np.float32), [{"index": 0}])
-    assert out.read_bytes() == b"old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.npy"]

@@ -11,10 +11,11 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from twn_kernels import __version__
-from twn_kernels.errors import OptionError, TWNError, did_you_mean
+from twn_kernels.errors import OptionError, TWNError, TWNWarning, did_you_mean
 
 __all__ = ["main"]
 
@@ -31,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = _parse(argv)
+    warnings_before = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *where: (
+        f"{_PROGRAM} {arguments.command}: warning: {' '.join(str(message).split())}\n"
+        if issubclass(category, TWNWarning)
+        else warnings_before(message, category, *where)
+    )
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
@@ -46,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(_one_line(error, arguments.command), file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = warnings_before
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -114,6 +114,10 @@ def _embedder(arguments: argparse.Namespace, device, checkpoint_options: dict):
     from twn_kernels.checkpoint import load_checkpoint
     from twn_kernels.pipeline import TWNEmbedder
 
+    if arguments.quiet:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     return TWNEmbedder.from_pretrained(
         arguments.model,
         load_checkpoint(arguments.checkpoint, **checkpoint_options),
