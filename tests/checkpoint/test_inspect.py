@@ -73,6 +73,8 @@ def test_mixed_ranks_dtypes_and_rslora(model, tmp_path):
     text = str(report)
     assert "2 (x2), 4 (x12)" in text and "(rsLoRA)" in text and "2 logits, softmax; the second means think" in text
     assert any(line.split() == ["gate_input", "concat", "implied", "by", "shapes"] for line in text.splitlines())
+    assert "gate: which logit means think is not stored; the second is assumed" in report.notes
+    assert any("the epsilon of its norms is not stored" in note for note in report.notes)
 
 
 def test_a_touched_tower_shows(tmp_path):

@@ -135,7 +135,7 @@ def inspect_checkpoint(
         inferred=[name for name, _ in scan.config.inferred],
         problems=scan.all_problems(),
         warnings=scan.all_warnings(),
-        notes=[*scan.all_notes(), *adapter_assumed],
+        notes=[*scan.all_notes(), *adapter_assumed, *_gate_assumed(scan)],
     )
 
 
@@ -215,6 +215,16 @@ def _gate(scan: DirectoryScan) -> dict[str, Any] | None:
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
         "parameters": sum(tensor.numel() for tensor in tensors),
     }
+
+
+def _gate_assumed(scan: DirectoryScan) -> list[str]:
+    """What no gate file states: the epsilon of its norms, and which of two logits means think."""
+    found = []
+    if scan.gate is not None and any(layer.kind == "norm" for layer in scan.gate.layers):
+        found.append("gate: the epsilon of its norms is not stored; 1e-5 (layer norm) or 1e-6 (RMS norm) is assumed")
+    if scan.gate is not None and scan.gate.out_features == 2:
+        found.append("gate: which logit means think is not stored; the second is assumed")
+    return found
 
 
 def _described(layout: GateLayout, small: SmallFile, activation: str) -> str:
