@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from twn_kernels import patch, route
+from twn_kernels import patch, route, unpatch
 from twn_kernels.errors import PatchError, ShapeError
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 from twn_kernels.testing.tiny_models import FAMILIES, VISION_FAMILIES, tiny_inputs, tiny_model
@@ -161,6 +161,55 @@ def test_names_of_their_own(with_peft, in_double):
     for name in ("embed", "embedding"):
         with route(model, name):
             assert_as_good_as_torch(model(**inputs).logits, truth, naive, name)
+
+
+@torch.no_grad()
+def test_adapters_that_transformers_put_in(in_double):
+    """``model.add_adapter`` of transformers: PEFT's layers without a PeftModel around them."""
+    from peft import LoraConfig
+
+    model, inputs = tiny_model("llama"), tiny_inputs("llama", 2)
+    for rank, name in enumerate(NAMES, 2):
+        model.add_adapter(LoraConfig(r=rank, target_modules=["q_proj", "up_proj"], init_lora_weights=False), name)
+    truth, naive = {}, {}
+    for name in NAMES:
+        model.set_adapter(name)
+        model.eval()
+        truth[name], naive[name] = in_double(model)(**inputs).logits, model(**inputs).logits
+    patch(model)
+    for name in NAMES:
+        with route(model, name):
+            assert_as_good_as_torch(model(**inputs).logits, truth[name], naive[name], name)
+    model.set_adapter("reasoning")
+    assert_as_good_as_torch(model(**inputs).logits, truth["reasoning"], naive["reasoning"])
+
+
+@torch.no_grad()
+def test_inside_and_around_a_peft_model_are_one_patch(pair):
+    _, model, inputs = pair("llama")
+    inner = model.get_base_model()
+    patch(inner)
+    assert patch(model) is model
+    with route(model, "embedding"):
+        expected = inner(**inputs).logits
+    with route(inner, "embedding"):
+        assert torch.equal(model(**inputs).logits, expected)
+    unpatch(model)
+    assert not [m for m in model.modules() if type(m).__name__ == "DualPeftLinear"]
+
+
+def test_beams_of_an_encoder_and_decoder(with_peft):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=50, decoder_start_token_id=0, eos_token_id=49
+    )
+    reference = with_peft(T5ForConditionalGeneration(config), targets=["q", "v", "k", "wo"])
+    patched = patch(copy.deepcopy(reference))
+    inputs = {"input_ids": torch.randint(3, 49, (2, 7)), "max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}
+    expected = reference.generate(**inputs, adapter_names=["reasoning", "embedding"])
+    with route(patched, ["reasoning", "embedding"]):
+        assert torch.equal(patched.generate(**inputs), expected)
 
 
 @torch.no_grad()

@@ -64,6 +64,25 @@ def test_activation_checkpointing_replays_the_route_of_its_forward(family, use_r
     assert all(torch.equal(plain[name], replayed[name]) for name in plain)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_activation_checkpointing_of_a_peft_model(use_reentrant, pair):
+    results = []
+    for checkpointed in (False, True):
+        _, model, inputs = pair("llama", targets=["q_proj", "down_proj"])
+        patch(model).train()
+        model.base_model.set_adapter(list(NAMES))
+        model.enable_input_require_grads()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        loss = model(**inputs).logits.square().mean()
+        with route(model, ["reasoning", "embedding", None]):
+            loss = loss + model(**inputs).logits.square().mean()
+        loss.backward()
+        results.append(_grads(model))
+    assert results[0].keys() == results[1].keys() and len(results[0]) == 16
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 def test_checkpointing_of_ones_own_is_never_silently_wrong():
     from torch.utils.checkpoint import checkpoint
 

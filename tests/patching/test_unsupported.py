@@ -1,12 +1,10 @@
 """What cannot be patched exactly is refused, with every instance named and nothing changed; options."""
 
-import types
-
 import pytest
 import torch
 from torch import nn
 
-from twn_kernels import patch, route, status
+from twn_kernels import patch, route, status, unpatch
 from twn_kernels.errors import OptionError, PatchError, UnsupportedModel
 from twn_kernels.modules import DualLoRALinear
 from twn_kernels.testing.tiny_models import tiny_inputs, tiny_model
@@ -67,7 +65,7 @@ def test_all_peft_problems_are_listed(pair):
     layer = model.base_model.model.model.layers[1].mlp.up_proj
     layer.base_layer.register_forward_hook(lambda *_: None)
     other = model.base_model.model.model.layers[0].mlp.up_proj
-    other.forward = types.MethodType(type(other).forward, other)
+    other.forward = lambda x: x
     message = r"(?s)forward set on the instance .*layers\.0\.mlp\.up_proj.*hooks on the inner .*layers\.1\.mlp\.up_proj"
     _refused(model, UnsupportedModel, message)
 
@@ -136,6 +134,28 @@ def test_a_hook_on_the_inner_layer_after_the_patch(pair):
         model(**inputs)
     handle.remove()
     model(**inputs)
+
+
+def test_a_hook_of_accelerate():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model, inputs = tiny_model("llama"), tiny_inputs("llama", 1)
+    layer = model.model.layers[0].mlp.up_proj
+    add_hook_to_module(layer, ModelHook())
+    _refused(model, UnsupportedModel, r"forward set on the instance .*: model\.layers\.0\.mlp\.up_proj")
+    remove_hook_from_module(layer)
+    patch(model, rank=2)
+    layer.lora_B["reasoning"].data.normal_()
+    with route(model, "reasoning"):
+        assert not torch.equal(layer(torch.ones(1, 64)), nn.functional.linear(torch.ones(1, 64), layer.weight))
+        add_hook_to_module(layer, ModelHook())
+        with pytest.raises(
+            PatchError, match=r"forward of their own since the patch .*: model\.layers\.0\.mlp\.up_proj"
+        ):
+            unpatch(model)
+    remove_hook_from_module(layer)
+    unpatch(model)
+    assert torch.equal(model(**inputs).logits, tiny_model("llama")(**inputs).logits)
 
 
 class _Quantised(nn.Linear):

@@ -16,6 +16,8 @@ from twn_kernels.modules.routing import RouteState, UniformSpec
 from twn_kernels.ops import choice
 from twn_kernels.patching.fit import checksum, fit_checkpoint, layer_adapters
 from twn_kernels.patching.names import collapse
+from twn_kernels.patching.own_forward import drop_bound_forward, has_own_forward
+from twn_kernels.patching.peft_layer import PeftRouteState, dual_peft_linear
 from twn_kernels.patching.peft_sites import adapter_names, holds_peft_layers, peft_sites
 from twn_kernels.patching.record import PatchRecord, find_record, require_record
 from twn_kernels.patching.specs import choose_targets, family_of, follows_rows, is_plain_linear
@@ -99,11 +101,17 @@ def unpatch(model: nn.Module) -> nn.Module:
     :func:`~twn_kernels.patching.adapters_of`).
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or a layer's forward was wrapped since.
     """
     record = require_record(model, "unpatch")
+    if wrapped := [path for path, layer in record.layers.items() if has_own_forward(layer)]:
+        raise PatchError(
+            "these layers got a forward of their own since the patch (an offloading or wrapping hook): "
+            f"{', '.join(collapse(wrapped))}. Remove it first; it calls the patched forward."
+        )
     record.surroundings.remove()
     for layer in record.layers.values():
+        drop_bound_forward(layer)
         layer.release()
     record.detach(model)
     return model
@@ -137,15 +145,13 @@ def _patch_peft(model: nn.Module, names: tuple[str, str], fuse: bool, impl: str)
     request = {"adapters": names, "fuse": fuse, "impl": impl, "source": "PEFT"}
     if _already(model, request):
         return model
-    from twn_kernels.patching.peft_layer import DualPeftLinear, PeftRouteState
-
     layers = peft_sites(model, names)
     _check_weights({path: layer.base_layer for path, layer in layers.items()}, impl)
-    state = PeftRouteState(names)
+    state, layer_class = PeftRouteState(names), dual_peft_linear()
     bits = {names[0]: 1, names[1]: 2, **{name: ROUTE_BITS[name] for name in ADAPTERS}}
     record = _record(model, "peft", request, layers, state, fuse, impl, names=bits)
     adopt = {
-        path: lambda layer=layer, path=path: DualPeftLinear.adopt(
+        path: lambda layer=layer, path=path: layer_class.adopt(
             layer, state, impl=impl, path=path, follows_rows=follows_rows(path)
         )
         for path, layer in layers.items()
@@ -211,7 +217,7 @@ def _check_linears(layers: Mapping[str, nn.Module]) -> None:
     for path, module in layers.items():
         if not is_plain_linear(module):
             problems.setdefault(f"{type(module).__name__}, not a plain nn.Linear", []).append(path)
-        elif "forward" in module.__dict__:
+        elif has_own_forward(module):
             problem = "nn.Linear with a forward set on the instance (an offloading or wrapping hook)"
             problems.setdefault(problem, []).append(path)
     _raise_unsupported(problems)
@@ -272,7 +278,8 @@ def _adoptions(record: PatchRecord, found: Mapping[str, Mapping[str, LayerAdapte
 def _swap(model: nn.Module, record: PatchRecord, adoptions: Mapping[str, Any]) -> nn.Module:
     done: list[nn.Module] = []
     try:
-        for adopt in adoptions.values():
+        for path, adopt in adoptions.items():
+            drop_bound_forward(record.layers[path])
             done.append(adopt())
         record.surroundings.install(adapter_keys=record.kind != "peft")
         record.attach(model)

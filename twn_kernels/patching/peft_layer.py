@@ -1,4 +1,4 @@
-"""PEFT's own LoRA linear with a fused forward. Imports PEFT, so it is imported only where a model holds PEFT's layers.
+"""PEFT's own LoRA linear with a fused forward. The class is made on first use, so that importing this imports no PEFT.
 
 The layer stays PEFT's: same object, same state, same keys. Outside every ``route(...)`` scope its route comes from PEFT
 (active adapters, ``disable_adapter()``, ``adapter_names=``, merged weights), so that PEFT's API keeps its meaning.
@@ -6,17 +6,18 @@ The layer stays PEFT's: same object, same state, same keys. Outside every ``rout
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from peft.tuners.lora.layer import Linear
-from torch import Tensor
+from torch import Tensor, nn
 
 from twn_kernels.errors import PatchError, quoted
 from twn_kernels.modules.dual_lora_linear import fused_linear
 from twn_kernels.modules.routing import RouteState, RowSpec, UniformSpec
 from twn_kernels.ops import LoRA
+from twn_kernels.patching.own_forward import has_own_forward
 
-__all__ = ["DualPeftLinear", "PeftRouteState"]
+__all__ = ["PeftRouteState", "dual_peft_linear"]
 
 _BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 _OWN_ATTRIBUTES = ("routing", "impl", "path", "follows_rows")
@@ -43,7 +44,7 @@ class PeftRouteState(RouteState):
             bits |= self._bit(name, path)
         return self._uniform[bits]
 
-    def rows(self, names: list[str], layer: Linear) -> RowSpec:
+    def rows(self, names: list[str], layer: nn.Module) -> RowSpec:
         """The spec of PEFT's ``adapter_names``, kept so that all layers share its plans."""
         key = (tuple(names), layer.get_base_layer().weight.device)
         if key not in self._rows:
@@ -62,23 +63,36 @@ class PeftRouteState(RouteState):
         )
 
 
-class DualPeftLinear(Linear):
+@functools.cache
+def dual_peft_linear() -> type:
+    """The class ``DualPeftLinear``: a ``peft.tuners.lora.Linear`` whose two adapters run fused."""
+    from peft.tuners.lora.layer import Linear
+
+    return type("DualPeftLinear", (_Fused, Linear), {"__module__": __name__, "__doc__": _Fused.__doc__})
+
+
+def __getattr__(name: str) -> type:
+    # Unpickling looks the class up here.
+    if name == "DualPeftLinear":
+        return dual_peft_linear()
+    raise AttributeError(name)
+
+
+class _Fused:
     """A ``peft.tuners.lora.Linear`` whose two adapters run fused; made in place by :meth:`adopt`."""
 
     @classmethod
-    def adopt(
-        cls, layer: Linear, routing: PeftRouteState, *, impl: str, path: str, follows_rows: bool
-    ) -> DualPeftLinear:
+    def adopt(cls, layer: nn.Module, routing: PeftRouteState, *, impl: str, path: str, follows_rows: bool) -> nn.Module:
         """Turn PEFT's ``layer`` itself into a fused one; everything PEFT keeps on it stays."""
         layer.__class__ = cls
         layer.routing, layer.impl, layer.path, layer.follows_rows = routing, impl, path, follows_rows
         return layer
 
-    def release(self) -> Linear:
+    def release(self) -> nn.Module:
         """Turn the layer back into PEFT's."""
         for name in _OWN_ATTRIBUTES:
             self.__dict__.pop(name, None)
-        self.__class__ = Linear
+        self.__class__ = dual_peft_linear().__bases__[1]
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,7 +111,7 @@ class DualPeftLinear(Linear):
         if self.disable_adapters:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
-        if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+        if base._forward_hooks or base._forward_pre_hooks or has_own_forward(base):
             raise PatchError(
                 f'layer "{self.path}": hooks on its base_layer would not run, because the fused product bypasses it. '
                 f'Put them on "{self.path}" itself, or unpatch the model first.'

@@ -12,6 +12,7 @@ from torch import nn
 
 from twn_kernels.errors import PatchError, UnsupportedModel, did_you_mean, quoted
 from twn_kernels.patching.names import collapse
+from twn_kernels.patching.own_forward import has_own_forward
 from twn_kernels.patching.specs import is_plain_linear
 from twn_kernels.settings import ADAPTERS, MAX_RANK
 
@@ -132,10 +133,10 @@ def _layer_problems(layer: nn.Module, adapters: tuple[str, str]) -> Iterator[str
 
 
 def _wiring_problems(layer: nn.Module, inner: list[nn.Module]) -> Iterator[str]:
-    if "forward" in layer.__dict__:
+    if has_own_forward(layer):
         yield "a forward set on the instance (an offloading or wrapping hook)"
     for part in inner:
-        if "forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks:
+        if has_own_forward(part) or part._forward_hooks or part._forward_pre_hooks:
             yield "hooks on the inner layers of the adapter, which the fused product bypasses"
             return
 
