@@ -1,0 +1,126 @@
+"""What the embedder needs before its first batch: the base model, the gate as a module, and small facts about both."""
+
+from __future__ import annotations
+
+import importlib.util
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twn_kernels.checkpoint import Checkpoint
+from twn_kernels.errors import CheckpointError, InputError, MissingDependency, OptionError, TWNError
+from twn_kernels.modules import GateMLP
+from twn_kernels.patching.record import find_record, require_record
+from twn_kernels.pipeline.backbone import Backbone
+
+__all__ = ["as_matrix", "base_model", "end_of_sequence", "gate_module", "is_patched", "processor_source", "routes_media"]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def base_model(
+    base: str | PathLike | nn.Module, dtype: torch.dtype | str | None, device: torch.device | str | None, hub: dict
+) -> nn.Module:
+    """The model, loaded where ``base`` names one, on its device.
+
+    Raises:
+        OptionError: ``base`` or ``dtype`` is of the wrong kind, or ``dtype`` was given for a loaded model.
+        CheckpointError: nothing loadable is there.
+        MissingDependency: transformers is absent.
+    """
+    if isinstance(base, nn.Module):
+        if dtype is not None:
+            raise OptionError("dtype is for a model that is loaded here; convert a loaded one with model.to(dtype).")
+        return base if device is None else base.to(device)
+    if not isinstance(base, str | PathLike):
+        raise OptionError(f"base must be a directory, a hub id or a loaded model, got {type(base).__name__}.")
+    if isinstance(dtype, str) and dtype not in _DTYPES and dtype != "auto":
+        raise OptionError(f"dtype must be a torch.dtype, {', '.join(_DTYPES)} or auto, got {dtype!r}.")
+    model = _load(str(base), _DTYPES.get(dtype, dtype or "auto"), hub)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _load(base: str, dtype: torch.dtype | str, hub: dict) -> nn.Module:
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingDependency('loading a base model needs transformers. Run: pip install "twn_kernels[hf]"')
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if Path(base).exists() and not (Path(base) / "config.json").is_file():
+        raise CheckpointError(f"{base} has no config.json; base must be a HuggingFace model directory or a hub id.")
+    try:
+        config = AutoConfig.from_pretrained(base, **hub)
+        multimodal = type(config) in AutoModelForImageTextToText._model_mapping
+        auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        return auto.from_pretrained(base, dtype=dtype, **hub)
+    except TWNError:
+        raise
+    except Exception as error:  # transformers, safetensors and the hub client each have errors of their own
+        raise CheckpointError(f"the base model {base!r} does not load: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
+def processor_source(base: str | PathLike | nn.Module, model: nn.Module) -> str:
+    """Where the processor of ``base`` lies."""
+    if not isinstance(base, nn.Module):
+        return str(base)
+    name = getattr(model.config, "_name_or_path", "") if hasattr(model, "config") else ""
+    if not name:
+        raise OptionError(
+            "processor must be given: the loaded model does not say which directory it came from. "
+            "Pass processor=AutoProcessor.from_pretrained(...)."
+        )
+    return name
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether ``patch`` has been called on the model."""
+    return find_record(model) is not None
+
+
+def routes_media(model: nn.Module) -> bool:
+    """Whether a patched layer reads tokens that do not follow the batch's rows, such as those of a vision tower."""
+    layers = require_record(model, "embedding").layers.values()
+    return any(not getattr(layer, "follows_rows", True) for layer in layers)
+
+
+def gate_module(checkpoint: Checkpoint, backbone: Backbone) -> GateMLP | None:
+    """The checkpoint's gate on the model's device; None where it has none."""
+    if checkpoint.gate is None:
+        return None
+    config = checkpoint.config
+    gate = GateMLP(
+        checkpoint.gate,
+        checkpoint.gate_layout().layers,
+        activation=config.gate_activation,
+        gate_input=config.gate_input,
+    )
+    return gate.to(backbone.device).eval().requires_grad_(False)
+
+
+def end_of_sequence(model: nn.Module, processor: Any) -> set[int]:
+    """Token ids that end a text: the generation configuration's, else the tokenizer's."""
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = stated if isinstance(stated, list | tuple) else [stated]
+    found = {int(token) for token in ids if token is not None}
+    own = processor.tokenizer.eos_token_id
+    return found or ({own} if own is not None else set())
+
+
+def as_matrix(value: Any, name: str) -> Tensor:
+    """fp32 ``[rows, width]`` from an array, a tensor, a list of vectors or one vector."""
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
+        value = torch.stack(list(value))
+    try:
+        matrix = torch.as_tensor(value).float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be vectors of one width, got {type(value).__name__}: {error}") from error
+    matrix = matrix[None] if matrix.dim() == 1 else matrix
+    if matrix.dim() != 2:
+        raise InputError(f"{name} must be one vector or [rows, width], got {list(matrix.shape)}.")
+    return matrix

@@ -1,0 +1,159 @@
+"""The decode loop: write thoughts for a batch under ``reasoning``, and hand each row over the moment it ends.
+
+Rows end on their own: a stop closes the thought, the cap or an early end-of-sequence breaks it. Ended rows leave the
+batch, so the remaining ones decode in a smaller one. Knows nothing of embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import twn_kernels.patching as patching
+from twn_kernels.pipeline.backbone import Backbone, rows_of
+from twn_kernels.settings import REASONING
+
+__all__ = ["Running", "StopRule", "Thought", "think"]
+
+
+@dataclass
+class Thought:
+    """What one row wrote.
+
+    Attributes:
+        ids: sampled token ids, the closing ones included.
+        text: what was written before the stop.
+        broken: why the thought cannot be used, or None.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    broken: str | None = None
+
+
+@dataclass
+class Running:
+    """A batch on its way: everything of its rows that later steps need.
+
+    Attributes:
+        rows: which inputs of the original batch these are.
+        cache: holds all of their tokens so far.
+        mask: ``[rows, cached]``.
+        next_position: ``[rows]``.
+        logits: fp32 ``[rows, vocabulary]`` for the next token.
+    """
+
+    rows: list[int]
+    cache: object
+    mask: Tensor
+    next_position: Tensor
+    logits: Tensor
+
+    def select(self, keep: Sequence[int]) -> Running:
+        """These rows alone, by place in this batch; the tensors are copies."""
+        index = torch.tensor(list(keep), dtype=torch.long, device=self.mask.device)
+        return Running(
+            [self.rows[i] for i in keep],
+            rows_of(self.cache, index),
+            self.mask[index],
+            self.next_position[index],
+            self.logits[index],
+        )
+
+
+class StopRule:
+    """Recognises the end of a thought in token ids, also where a stop string spans tokens.
+
+    Args:
+        decode: token ids to text.
+        stops: strings and token ids that close a thought.
+        end_of_sequence: ids that end the text; without a stop before it, the format is broken.
+        limit: tokens a thought may have.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stops: Sequence[str | int],
+        end_of_sequence: Sequence[int],
+        limit: int,
+    ) -> None:
+        self.decode, self.limit = decode, limit
+        self.strings = tuple(stop for stop in stops if isinstance(stop, str))
+        self.ids = {stop for stop in stops if isinstance(stop, int)}
+        self.end_of_sequence = set(end_of_sequence) - self.ids
+
+    def ended(self, thought: Thought) -> bool:
+        """Whether the thought is over after its last token; fills in its text and what is wrong with it."""
+        last = thought.ids[-1]
+        if last in self.ids:
+            thought.text = self.decode(thought.ids[:-1])
+            return True
+        written = self.decode(thought.ids)
+        found = [place for stop in self.strings if (place := written.find(stop)) >= 0]
+        thought.text = written[: min(found)] if found else written
+        if found:
+            return True
+        if last in self.end_of_sequence:
+            thought.broken = "the text ended before the thought was closed"
+            thought.text = self.decode(thought.ids[:-1])
+        elif len(thought.ids) >= self.limit:
+            thought.broken = f"the thought was not closed within {self.limit} tokens"
+        return thought.broken is not None
+
+
+@torch.no_grad()
+def think(
+    backbone: Backbone,
+    running: Running,
+    rule: StopRule,
+    choose: Callable[[Tensor], Tensor],
+    finished: Callable[[Running, list[int]], None],
+    progress: Callable[[int], None],
+) -> dict[int, Thought]:
+    """Decode every row of ``running`` until it ends.
+
+    Args:
+        backbone: of the patched model.
+        running: the batch; consumed.
+        rule: when a row ends.
+        choose: ``[rows, vocabulary]`` logits to ``[rows]`` token ids.
+        finished: called with the rows that have just closed their thoughts, and with their last tokens, which their
+            cache does not hold yet. Broken rows are dropped without a call.
+        progress: called with the number of rows that have ended so far.
+
+    Returns:
+        the thought of each row of ``running.rows``.
+    """
+    thoughts = {row: Thought() for row in running.rows}
+    total = len(thoughts)
+    while running.rows:
+        tokens = choose(running.logits).tolist()
+        closed, going = [], []
+        for place, (row, token) in enumerate(zip(running.rows, tokens, strict=True)):
+            thoughts[row].ids.append(token)
+            if not rule.ended(thoughts[row]):
+                going.append(place)
+            elif thoughts[row].broken is None:
+                closed.append(place)
+        if closed:
+            finished(running.select(closed), [tokens[place] for place in closed])
+        if len(going) < len(running.rows):
+            running = running.select(going) if going else Running([], None, *[running.mask[:0]] * 3)
+            progress(total - len(going))
+        if going:
+            advance(backbone, running, [[tokens[place]] for place in going])
+    return thoughts
+
+
+def advance(backbone: Backbone, running: Running, tokens: list[list[int]]) -> None:
+    """Extend every row by its tokens (equally many) under ``reasoning``; in place."""
+    ids = torch.tensor(tokens, dtype=torch.long, device=running.mask.device)
+    running.mask = torch.cat([running.mask, running.mask.new_ones(ids.shape)], dim=1)
+    with patching.route(backbone.model, REASONING):
+        hidden = backbone.continue_(backbone.embeddings(ids), running.mask, running.next_position, running.cache)
+    running.next_position = running.next_position + ids.shape[1]
+    running.logits = backbone.logits(hidden[:, -1])
