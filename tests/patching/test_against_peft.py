@@ -163,6 +163,7 @@ def test_names_of_their_own(with_peft, in_double):
             assert_as_good_as_torch(model(**inputs).logits, truth, naive, name)
 
 
+@pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_adapters_that_transformers_put_in(in_double):
     """``model.add_adapter`` of transformers: PEFT's layers without a PeftModel around them."""

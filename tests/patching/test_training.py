@@ -183,6 +183,22 @@ def test_plans_made_in_inference_mode_serve_training():
     assert all(grad.abs().max() > 0 for name, grad in _grads(model).items() if "lora_A" in name)
 
 
+def test_a_model_patched_in_inference_mode_trains(tmp_path):
+    from twn_kernels.testing.twn_directory import write_twn_directory
+
+    directory = write_twn_directory(tmp_path, tiny_model("llama"))
+    for options in ({"rank": 2}, {"checkpoint": directory}):
+        model, inputs = tiny_model("llama"), tiny_inputs("llama", 2, tokens=1, padded=False)
+        with torch.inference_mode():
+            patch(model, **options)
+            scope = route(model, ["reasoning", "embedding"])
+            scope.__enter__()
+            model(**inputs)
+        model(**inputs).logits.square().mean().backward()
+        scope.__exit__(None, None, None)
+        assert all(grad.isfinite().all() for grad in _grads(model).values())
+
+
 def test_each_row_trains_its_own_adapter_alone():
     """The gradient of an adapter is that of its own rows: the other rows may as well not be there."""
     model, inputs = _model("llama"), tiny_inputs("llama", 2, padded=False)

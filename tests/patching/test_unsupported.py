@@ -149,9 +149,7 @@ def test_a_hook_of_accelerate():
     with route(model, "reasoning"):
         assert not torch.equal(layer(torch.ones(1, 64)), nn.functional.linear(torch.ones(1, 64), layer.weight))
         add_hook_to_module(layer, ModelHook())
-        with pytest.raises(
-            PatchError, match=r"forward of their own since the patch .*: model\.layers\.0\.mlp\.up_proj"
-        ):
+        with pytest.raises(PatchError, match=r"forward of their own since the patch .*: model\.layers\.0\.mlp\.up"):
             unpatch(model)
     remove_hook_from_module(layer)
     unpatch(model)
@@ -176,6 +174,7 @@ def test_linears_of_another_kind():
     patch(model, targets=["v_proj"])
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_weights_of_another_kind():
     model = tiny_model("llama")
     half = tiny_model("llama", dtype=torch.float8_e4m3fn) if hasattr(torch, "float8_e4m3fn") else None
@@ -187,6 +186,14 @@ def test_weights_of_another_kind():
     _refused(
         nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), UnsupportedModel, "not a plain nn.Linear"
     )
+
+
+@torch.no_grad()
+def test_linears_that_torch_itself_bypasses():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    message = r"nn\.MultiheadAttention, which reads its weight .*: 0\.self_attn\.out_proj, 0\.linear1"
+    _refused(nn.Sequential(layer, nn.Linear(8, 8)).eval(), UnsupportedModel, message)
+    patch(nn.Sequential(layer, nn.Linear(8, 8)), targets=["1"])
 
 
 def test_targets_that_are_no_linear():

@@ -146,7 +146,8 @@ class RowSpec(_PerRowSpec):
         self.is_uniform = len(set(bits)) == 1
         self.bits = bits[0] if self.is_uniform and bits[0] == 0 else None
         # Copied to the device once: a decode step then needs no transfer.
-        self.routes = torch.tensor(list(bits), dtype=torch.int8).to(device)
+        with torch.inference_mode(False):
+            self.routes = torch.tensor(list(bits), dtype=torch.int8).to(device)
 
     def plan_for(self, x, layer, state) -> RoutePlan | None:
         # No plan is built for base-only rows, but their number is still held to the batch's.
@@ -173,7 +174,8 @@ class TokenSpec(_PerRowSpec):
 
     def __init__(self, routes: Tensor) -> None:
         super().__init__()
-        self.routes = routes.detach().clone()
+        with torch.inference_mode(False):
+            self.routes = routes.detach().clone()
         self.rows = routes.shape[0]
         self.present = BOTH
         if routes.device.type == "cpu":

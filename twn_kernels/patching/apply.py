@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from twn_kernels.checkpoint import Checkpoint, load_checkpoint
@@ -20,7 +21,7 @@ from twn_kernels.patching.own_forward import drop_bound_forward, has_own_forward
 from twn_kernels.patching.peft_layer import PeftRouteState, dual_peft_linear
 from twn_kernels.patching.peft_sites import adapter_names, holds_peft_layers, peft_sites
 from twn_kernels.patching.record import PatchRecord, find_record, require_record
-from twn_kernels.patching.specs import choose_targets, family_of, follows_rows, is_plain_linear
+from twn_kernels.patching.specs import bypassed, choose_targets, family_of, follows_rows, is_plain_linear
 from twn_kernels.patching.surroundings import Surroundings
 from twn_kernels.settings import ADAPTERS, IMPLS, ROUTE_BITS
 
@@ -167,9 +168,10 @@ def _patch_checkpoint(model: nn.Module, source: Any, fuse: bool, impl: str) -> n
     fitted = fit_checkpoint(model, checkpoint)
     paths = {path for places in fitted.values() for path in places}
     layers = {path: module for path, module in model.named_modules() if path in paths}
-    _check_linears(layers)
+    _check_linears(model, layers)
     _check_weights(layers, impl)
-    found = {path: layer_adapters(checkpoint, fitted, path, linear) for path, linear in layers.items()}
+    with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
+        found = {path: layer_adapters(checkpoint, fitted, path, linear) for path, linear in layers.items()}
     record = _plain_record(model, "checkpoint", request, layers, fuse, impl)
     record.checkpoint_layers = fitted
     record.origins = {name: dataclasses.replace(checkpoint.adapters[name], layers={}) for name in ADAPTERS}
@@ -182,9 +184,10 @@ def _patch_fresh(model: nn.Module, targets: Any, rank: int, fuse: bool, impl: st
     if _already(model, request):
         return model
     layers = choose_targets(model, targets, family_of(model))
-    _check_linears(layers)
+    _check_linears(model, layers)
     _check_weights(layers, impl)
-    found = {path: {name: LayerAdapter.fresh(linear, rank) for name in ADAPTERS} for path, linear in layers.items()}
+    with torch.inference_mode(False):
+        found = {path: {name: LayerAdapter.fresh(linear, rank) for name in ADAPTERS} for path, linear in layers.items()}
     record = _plain_record(model, "fresh", request, layers, fuse, impl)
     return _swap(model, record, _adoptions(record, found))
 
@@ -212,10 +215,16 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else repr(value)
 
 
-def _check_linears(layers: Mapping[str, nn.Module]) -> None:
+def _check_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     problems: dict[str, list[str]] = {}
+    unseen = bypassed(model)
     for path, module in layers.items():
-        if not is_plain_linear(module):
+        if id(module) in unseen:
+            problem = (
+                "inside nn.TransformerEncoderLayer or nn.MultiheadAttention, which reads its weight without calling it"
+            )
+            problems.setdefault(problem, []).append(path)
+        elif not is_plain_linear(module):
             problems.setdefault(f"{type(module).__name__}, not a plain nn.Linear", []).append(path)
         elif has_own_forward(module):
             problem = "nn.Linear with a forward set on the instance (an offloading or wrapping hook)"

@@ -17,6 +17,7 @@ from twn_kernels.errors import OptionError, PatchError, did_you_mean, quoted
 __all__ = [
     "FAMILY_SPECS",
     "FamilySpec",
+    "bypassed",
     "choose_targets",
     "family_of",
     "follows_rows",
@@ -96,7 +97,6 @@ _TOWER = re.compile(
 # Subclasses that compute x W^T + b and nothing else, by module and name; any other may compute something of its own.
 _PLAIN_LINEARS = {
     ("torch.nn.modules.linear", "Linear"),
-    ("torch.nn.modules.linear", "NonDynamicallyQuantizableLinear"),
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
 }
 # A routed expert reads a subset of the tokens, in its own order.
@@ -112,6 +112,12 @@ def family_of(model: nn.Module) -> FamilySpec | None:
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is an ``nn.Linear`` that computes what ``nn.Linear`` computes."""
     return (type(module).__module__, type(module).__name__) in _PLAIN_LINEARS
+
+
+def bypassed(model: nn.Module) -> set[int]:
+    """``id`` of linears whose weight their parent reads without calling them, so that no adapter would act."""
+    parents = [m for m in model.modules() if isinstance(m, (nn.TransformerEncoderLayer, nn.MultiheadAttention))]
+    return {id(linear) for m in parents for linear in m.modules() if isinstance(linear, nn.Linear)}
 
 
 def in_tower(path: str) -> bool:
