@@ -25,7 +25,7 @@ from twn_kernels.errors import ImplUnavailable
 
 __all__ = ["SHARED_MEMORY_BYTES", "AotReport", "AotWorker", "compile_kernel", "static_report"]
 
-# Shared memory that one thread block may ask for: CUDA programming guide, technical specifications per compute capability.
+# Shared memory that one thread block may ask for: CUDA programming guide, specifications per compute capability.
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA|OMMA|QMMA)\b")
@@ -68,7 +68,7 @@ def compile_kernel(
 
     Args:
         kernel: the jitted function.
-        signature: Triton type of every parameter that is not a constant, in any order: ``"*bf16"``, ``"i32"``, ``"fp32"``.
+        signature: Triton type of every parameter that is not a constant: ``"*bf16"``, ``"i32"``, ``"fp32"``, ...
         constants: the values of all other parameters (``tl.constexpr`` ones, ``None`` pointers, strides known to be 1).
         arch: 80, 90, 100, ... (compute capability without the dot).
         num_warps, num_stages, max_registers: launch options (``maxnreg`` in Triton).
@@ -89,7 +89,8 @@ def compile_kernel(
         )
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(kernel, types, {name: constants[name] for name in types if types[name] == "constexpr"}, attributes)
+    values = {name: constants[name] for name in types if types[name] == "constexpr"}
+    source = ASTSource(kernel, types, values, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, "maxnreg": max_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills, sass = _read_cubin(compiled.asm["cubin"])
@@ -184,7 +185,8 @@ class AotWorker:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the compiling process ended (exit status {self._process.wait()}) at {variant}, sm_{arch}")
+            status = self._process.wait()
+            raise RuntimeError(f"the compiling process ended (exit status {status}) at {variant}, sm_{arch}")
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"{variant} does not compile for sm_{arch}: {answer['error']}")

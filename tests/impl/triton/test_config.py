@@ -19,7 +19,7 @@ flags = st.booleans()
 
 @given(tokens, flags, flags, arches, flags, flags)
 def test_every_gemm_configuration_is_enumerated(tokens, wide, separate, arch, base_aligned, low_rank_aligned):
-    arguments = dict(base_aligned=base_aligned, low_rank_aligned=low_rank_aligned)
+    arguments = {"base_aligned": base_aligned, "low_rank_aligned": low_rank_aligned}
     chosen = config.gemm_config(tokens, wide, separate, arch, **arguments)
     assert chosen == config.gemm_config(config.bucket(tokens), wide, separate, arch, **arguments)
     kind = "wide" if wide else "separate" * separate
@@ -57,5 +57,8 @@ def test_configurations_are_frozen_and_print_their_fields(arch):
 
 
 def test_an_architecture_newer_than_the_table_takes_the_newest_known():
-    assert config.gemm_config(4096, False, False, 999) == config.gemm_config(4096, False, False, max(config.ARCHITECTURES))
-    assert config.gemm_config(4096, False, False, 103) == config.gemm_config(4096, False, False, 100)
+    def chosen(arch):
+        return config.gemm_config(4096, False, False, arch)
+
+    assert chosen(999) == chosen(max(config.ARCHITECTURES))
+    assert chosen(103) == chosen(100)

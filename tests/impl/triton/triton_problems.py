@@ -11,7 +11,11 @@ from twn_kernels.testing.oracle import assert_as_good_as_torch
 
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 SCALING = (0.5, -1.75)  # opposite signs: a row served by the wrong adapter is far off
-NAMES = {"forward": ("y", "s"), "fanout": ("y_r", "y_e", "s"), "backward": ("dx", "dA_r", "dB_r", "dA_e", "dB_e", "dbias")}
+NAMES = {
+    "forward": ("y", "s"),
+    "fanout": ("y_r", "y_e", "s"),
+    "backward": ("dx", "dA_r", "dB_r", "dA_e", "dB_e", "dbias"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Problem:
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        parts = [f"t{self.tokens}", f"k{self.features}", f"n{self.outputs}", "r{}+{}".format(*self.ranks), name, self.routes]
+        ranks = "r{}+{}".format(*self.ranks)
+        parts = [f"t{self.tokens}", f"k{self.features}", f"n{self.outputs}", ranks, name, self.routes]
         if self.adapter_dtype:
             parts.append(f"{str(self.adapter_dtype).removeprefix('torch.')}_adapters")
         if any(self.dropout):

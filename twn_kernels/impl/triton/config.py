@@ -1,8 +1,8 @@
 """Launch configurations: pure functions of the problem, printable, and enumerable so that tests can compile them all.
 
-No tile here was measured on a GPU yet. Each was chosen by its register and shared-memory budget: no spills with
-both adapters and bias on sm_80, sm_90 and sm_100 (the ahead-of-time tests hold it to that), and at most the shared memory
-of the smallest architecture of its table. Benchmarks replace them row by row.
+No tile here was measured on a GPU yet. Each was chosen by its register and shared-memory budget: no spills with both
+adapters and bias on sm_80, sm_90 and sm_100 (the ahead-of-time tests hold it to that), and at most the shared memory of
+the architecture. Benchmarks replace them row by row.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = [
     "shrink_config",
 ]
 
-# Streaming multiprocessors of the usual part of each architecture (A100, A10, L40S, H100 SXM, B200, RTX 5090). They only
-# decide how far a sum is split; a part with other counts runs the same code.
+# Streaming multiprocessors of the usual part of each architecture (A100, A10, L40S, H100 SXM, B200, RTX 5090). They
+# only decide how far a sum is split; a part with other counts runs the same code.
 _PROCESSORS = {80: 108, 86: 72, 89: 142, 90: 132, 100: 148, 120: 170}
 ARCHITECTURES = tuple(_PROCESSORS)
 _SMALL_SHARED = (86, 89, 120)  # 99 KiB a block; the others have 163 or 227
@@ -83,7 +83,7 @@ class GradConfig:
 class ReduceConfig:
     """Tile of the sum over parts."""
 
-    block_i: int
+    block_l: int
     block_r: int
     num_warps: int
     num_stages: int = 2
@@ -128,7 +128,8 @@ def _gemm_config(
         if tokens <= _DECODE_TOKENS:
             return GemmConfig(16, 64, 32, 16, num_warps=4, num_stages=3)
         return GemmConfig(_EXACT_ROWS, 64, 32, 16, num_warps=8, num_stages=3)
-    if tokens <= _DECODE_TOKENS:  # bound by reading the weight: narrow tiles for many programs, deep for bytes in flight
+    if tokens <= _DECODE_TOKENS:
+        # bound by reading the weight: narrow tiles for many programs, deep ones for bytes in flight
         return GemmConfig(16, 32, 128, 32, num_warps=4, num_stages=5)
     if not base_aligned or (separate and not low_rank_aligned):
         return GemmConfig(64, 32, 32, 16, num_warps=8, num_stages=3)
@@ -212,7 +213,7 @@ def _splits(programs: int, steps: int, arch: int) -> int:
 
 
 def all_configs(arch: int) -> dict[str, list]:
-    """Every tile that the functions above can return for ``arch``, by kernel; splits are no part of the machine code."""
+    """Every tile that the functions above can return for ``arch``, by kernel; splits do not change machine code."""
     tokens = (_DECODE_TOKENS, _FEW_TOKENS, 2 * _FEW_TOKENS)
     flags = (True, False)
 

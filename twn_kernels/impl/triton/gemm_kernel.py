@@ -1,13 +1,13 @@
 """The fused product: base weight and both low-rank terms in one accumulator.
 
 Owns the kernel behind the forward (``y``), the fan-out (``y_reasoning``, ``y_embedding``) and the input gradient
-(``dx``: the same kernel on ``dy``, ``weight^T``, ``dS`` and ``A^T``; only strides differ). It reads the routes of its own
-rows and runs no, one or two low-rank ranges after the base range, so a base-only tile does no work for adapters.
+(``dx``: the same kernel on ``dy``, ``weight^T``, ``dS`` and ``A^T``; only strides differ). It reads the routes of its
+own rows and runs no, one or two low-rank ranges after the base range, so a base-only tile does no work for adapters.
 
-Isolation. ``s`` holds exact zeros where a row does not use an adapter, but 0 * NaN is NaN, so a NaN in ``B`` would cross
-rows inside a tile. A tile whose rows all use the adapter needs no care. A mixed tile replaces the NaN and Inf of its slice
-of ``B`` by zeros and afterwards writes NaN where a row does use the adapter and its column had one. That needs no second
-accumulator, so the largest tiles stay free of spills.
+Isolation. ``s`` holds exact zeros where a row does not use an adapter, but 0 * NaN is NaN, so a NaN in ``B`` would
+cross rows inside a tile. A tile whose rows all use the adapter needs no care. A mixed tile replaces the NaN and Inf of
+its slice of ``B`` by zeros and afterwards writes NaN where a row does use the adapter and its column had one. That
+needs no second accumulator, so the largest tiles stay free of spills.
 """
 
 from __future__ import annotations
@@ -175,8 +175,9 @@ def _add_adapter(
         pure = tl.where(users == users_all, rank, 0)
         mixed = tl.where((users > 0) & (users < users_all), rank, 0)
         acc = _add_low_rank(
-            acc, s, b, rows, in_rows, columns, in_columns, rank, pure, stride_sm, stride_bn, stride_bk, PRECISION, BLOCK_R
-        )
+            acc, s, b, rows, in_rows, columns, in_columns, rank, pure,
+            stride_sm, stride_bn, stride_bk, PRECISION, BLOCK_R,
+        )  # fmt: skip
         return _add_low_rank_to_mixed(
             acc, s, b, rows, in_rows, uses, columns, in_columns, rank, mixed,
             stride_sm, stride_bn, stride_bk, PRECISION, BLOCK_R, BLOCK_N,

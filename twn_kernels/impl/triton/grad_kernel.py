@@ -1,8 +1,8 @@
 """The adapters' weight gradients: ``dB = dy^T S`` and ``dA = dS^T x``, both adapters in one launch of one kernel.
 
-Both are ``wide^T @ narrow`` over the rows that use the adapter (``dA`` is stored transposed, by strides). Rows are chosen
-by a load mask, so a NaN in another row never enters; stretches of rows without the adapter are skipped. The sum over
-tokens may be split; ``reduce_kernel`` adds the parts in a fixed order (no atomics: the same input gives the same bits).
+Both are ``wide^T @ narrow`` over the rows that use the adapter (``dA`` is stored transposed, by strides). Rows are
+chosen by a load mask, so a NaN in another row never enters; stretches of rows without the adapter are skipped. The sum
+over tokens may be split; ``reduce_kernel`` adds the parts in a fixed order (no atomics: equal input, equal bits).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _grad_tile(
     acc_type: tl.constexpr = tl.float64 if wide.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros([BLOCK_F, BLOCK_R], dtype=acc_type)
     begin = tl.program_id(2) * tokens_per_split
-    end = tl.minimum(M, begin + tokens_per_split)
+    end = begin + tl.minimum(M - begin, tokens_per_split)
     t = tl.arange(0, BLOCK_T)
     stretch = tl.arange(0, STRETCH)
     for start in tl.range(begin, end, STRETCH, num_stages=1):
@@ -129,7 +129,7 @@ def grad_kernel(
         )  # fmt: skip
     else:
         _grad_tile(
-            wide_e, narrow_e, routes, seed, out_e, tile - tiles_r, M, F, rank_e, tokens_per_split, stride_wem, stride_wef,
-            stride_nm, stride_oef, stride_oer, stride_os, scaling_e, threshold_e,
+            wide_e, narrow_e, routes, seed, out_e, tile - tiles_r, M, F, rank_e, tokens_per_split, stride_wem,
+            stride_wef, stride_nm, stride_oef, stride_oer, stride_os, scaling_e, threshold_e,
             1, DROPOUT, PRECISION, BLOCK_F, BLOCK_R, BLOCK_T, STRETCH,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Launchers: allocate outputs, choose the configuration, start the kernels. No host reads of device data, no copies.
 
-Owns the order of launches behind ``forward``, ``fanout`` and ``backward``; the arithmetic is in the kernels, the tiles are in
-``config``. Everything runs on the current stream of the tensors' device.
+Owns the order of launches behind ``forward``, ``fanout`` and ``backward``; the arithmetic is in the kernels, the tiles
+are in ``config``. Everything runs on the current stream of the tensors' device.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _shrink(x_r: Tensor, x_e: Tensor, pair: _Pair) -> Tensor:
     steps = -(-features // config.block_k)
     tiles = -(-rank_r // config.block_r) + -(-rank_e // config.block_r)
     shrink_kernel[(-(-tokens // config.block_m), tiles, splits)](
-        x_r, x_e, a_r, a_e, pair.routes, pair.seed, out, out[..., rank_r:],
+        x_r, x_e, a_r, a_e, pair.routes, pair.seed if pair.drops else None, out, out[..., rank_r:],
         tokens, features, rank_r, rank_e, -(-steps // splits) * config.block_k,
         *x_r.stride(), *x_e.stride(), *a_r.stride(), *a_e.stride(), rank_r + rank_e, tokens * (rank_r + rank_e),
         *(scaling if splits == 1 else (1.0, 1.0)), *pair.thresholds,
@@ -192,8 +192,9 @@ def _weight_grads(wide, narrow, pair: _Pair, needed, like, *, transposed: bool) 
     # an adapter that is not wanted gets no program; any tensor stands in for its pointer
     outs = [g.t() if transposed else g for g in (grads[a] if active[a] else like[a].new_empty((0, 0)) for a in (0, 1))]
     config = grad_config(
-        tokens, features, *ranks, pair.dtype == torch.float32, _arch(wide[0].device), aligned=_aligned(*wide, narrow, *like)
-    )
+        tokens, features, *ranks, pair.dtype == torch.float32, _arch(wide[0].device),
+        aligned=_aligned(*wide, narrow, *like),
+    )  # fmt: skip
     splits, total = config.splits, ranks[0] + ranks[1]
     parts = None if splits == 1 else narrow.new_empty((splits, features, total), dtype=_wide(narrow.dtype))
     targets = outs if parts is None else [parts[0], parts[0, :, ranks[0] :]]
@@ -216,19 +217,19 @@ def _reduce(parts: Tensor, outs, ranks, scaling, present: int, routes: Tensor | 
     """Add the parts in their order, scale, select rows where ``routes`` is given, round once into ``outs``."""
     splits, rows, total = parts.shape
     config = reduce_config()
-    reduce_kernel[(-(-rows // config.block_i), sum(-(-rank // config.block_r) for rank in ranks))](
+    reduce_kernel[(-(-rows // config.block_l), sum(-(-rank // config.block_r) for rank in ranks))](
         parts, *outs, routes, rows, *ranks, splits, rows * total, total, *outs[0].stride(), *outs[1].stride(), *scaling,
-        PRESENT=present, MASKED=routes is not None, BLOCK_I=config.block_i, BLOCK_R=config.block_r,
+        PRESENT=present, MASKED=routes is not None, BLOCK_L=config.block_l, BLOCK_R=config.block_r,
         num_warps=config.num_warps, num_stages=config.num_stages, **_OPTIONS,
     )  # fmt: skip
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether the kernels can read 16-byte words: Triton learns that from addresses, sizes and strides divisible by 16."""
+    """Whether kernels can read 16-byte words: Triton learns that from addresses, sizes and strides divisible by 16."""
     if INTERPRETING.value:
         return True  # it reads element by element in any case
     return all(
-        t.data_ptr() % 16 == 0 and all(stride == 1 or stride % 16 == 0 for stride in t.stride()) and t.shape[-1] % 16 == 0
+        t.data_ptr() % 16 == 0 and t.shape[-1] % 16 == 0 and all(step == 1 or step % 16 == 0 for step in t.stride())
         for t in tensors
     )
 
@@ -253,12 +254,14 @@ def _device(x: Tensor) -> contextlib.AbstractContextManager:
     """Make ``x``'s device current; the interpreter alone runs on a CPU, and it alone takes float64."""
     if x.is_cuda:
         if x.dtype == torch.float64:
-            raise DtypeError('x must be float32, float16 or bfloat16 for impl="triton", got float64. Use impl="reference".')
+            raise DtypeError(
+                'x must be float32, float16 or bfloat16 for impl="triton", got float64. Use impl="reference".'
+            )
         return torch.cuda.device(x.device)
     if not INTERPRETING.value:
         raise ImplUnavailable(
-            f'impl="triton" needs a CUDA tensor, got one on {x.device}. Use impl="auto", or set TRITON_INTERPRET=1 before '
-            "Triton is imported to interpret the kernels."
+            f'impl="triton" needs a CUDA tensor, got one on {x.device}. Use impl="auto", or set TRITON_INTERPRET=1 '
+            "before Triton is imported to interpret the kernels."
         )
     return contextlib.nullcontext()
 

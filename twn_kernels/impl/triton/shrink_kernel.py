@@ -1,9 +1,9 @@
 """The masked stacked shrink, both adapters in one launch, and the sum over its split reduction.
 
 ``s = select(row uses the adapter, scaling * x A^T, 0)``: a select, because 0 * NaN is NaN. The same kernel computes
-``dS = select(..., scaling * dy B, 0)`` in the backward pass; only pointers and strides differ. Few tokens leave most of a
-GPU idle, so the sum over features may be split; the parts are added by a second kernel in a fixed order (no atomics:
-the same input gives the same bits).
+``dS = select(..., scaling * dy B, 0)`` in the backward pass; only pointers and strides differ. Few tokens leave most of
+a GPU idle, so the sum over features may be split; the parts are added by a second kernel in a fixed order (no atomics:
+equal input, equal bits).
 """
 
 from __future__ import annotations
@@ -145,66 +145,66 @@ def _reduce_tile(
     out,
     routes,
     tile_r,
-    I,
+    L,
     rank,
     splits,
     stride_ps,
-    stride_pi,
-    stride_oi,
+    stride_pl,
+    stride_ol,
     stride_or,
     scaling,
     bit: tl.constexpr,
     MASKED: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     r = (tile_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    inside = (i < I)[:, None] & (r < rank)[None, :]
-    acc = tl.zeros([BLOCK_I, BLOCK_R], dtype=parts.dtype.element_ty)
-    sources = parts + i[:, None] * stride_pi + r[None, :]
+    inside = (i < L)[:, None] & (r < rank)[None, :]
+    acc = tl.zeros([BLOCK_L, BLOCK_R], dtype=parts.dtype.element_ty)
+    sources = parts + i[:, None] * stride_pl + r[None, :]
     for _ in tl.range(0, splits):
         acc += tl.load(sources, mask=inside, other=0.0)
         sources += tl.cast(stride_ps, tl.int64)
     acc *= tl.cast(scaling, tl.float32)
     if MASKED:
-        route = tl.load(routes + i, mask=i < I, other=0).to(tl.int32)
+        route = tl.load(routes + i, mask=i < L, other=0).to(tl.int32)
         acc = tl.where(((route & bit) != 0)[:, None], acc, 0.0)
-    tl.store(out + i[:, None] * stride_oi + r[None, :] * stride_or, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + i[:, None] * stride_ol + r[None, :] * stride_or, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["I", "splits"])
+@triton.jit(do_not_specialize=["L", "splits"])
 def reduce_kernel(
-    parts,  # fp32 [splits, I, rank_r + rank_e]
-    out_r,  # [I, rank_r] by strides
-    out_e,  # [I, rank_e] by strides
-    routes,  # int8 [I] where MASKED
-    I,
+    parts,  # fp32 [splits, L, rank_r + rank_e]
+    out_r,  # [L, rank_r] by strides
+    out_e,  # [L, rank_e] by strides
+    routes,  # int8 [L] where MASKED
+    L,
     rank_r,
     rank_e,
     splits,
     stride_ps,
-    stride_pi,
-    stride_ori,
+    stride_pl,
+    stride_orl,
     stride_orr,
-    stride_oei,
+    stride_oel,
     stride_oer,
     scaling_r,
     scaling_e,
     PRESENT: tl.constexpr,
     MASKED: tl.constexpr,  # the parts are rows of tokens: select them by route
-    BLOCK_I: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     tile = tl.program_id(1)
     tiles_r = tl.cdiv(rank_r, BLOCK_R)
     if tile < tiles_r:
         _reduce_tile(
-            parts, out_r, routes, tile, I, rank_r, splits, stride_ps, stride_pi, stride_ori, stride_orr,
-            scaling_r, 1 & PRESENT, MASKED, BLOCK_I, BLOCK_R,
+            parts, out_r, routes, tile, L, rank_r, splits, stride_ps, stride_pl, stride_orl, stride_orr,
+            scaling_r, 1 & PRESENT, MASKED, BLOCK_L, BLOCK_R,
         )  # fmt: skip
     else:
         _reduce_tile(
-            parts + rank_r, out_e, routes, tile - tiles_r, I, rank_e, splits, stride_ps, stride_pi, stride_oei,
-            stride_oer, scaling_e, 2 & PRESENT, MASKED, BLOCK_I, BLOCK_R,
+            parts + rank_r, out_e, routes, tile - tiles_r, L, rank_e, splits, stride_ps, stride_pl, stride_oel,
+            stride_oer, scaling_e, 2 & PRESENT, MASKED, BLOCK_L, BLOCK_R,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """What the launchers can ask the compiler for: every kernel in every configuration, with realistic argument types.
 
-Ahead-of-time tests and the static report compile this list; nothing at run time reads it. A kernel's arguments are described
-as the launcher would find them: pointers and sizes that are multiples of 16, strides of 1 where memory is contiguous.
+Ahead-of-time tests and the static report compile this list; nothing at run time reads it. A kernel's arguments are
+described as the launcher would find them: pointers and sizes that are multiples of 16 (or not, by name), strides of 1
+where memory is contiguous.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ def _wide_variants(configs: list) -> Iterator[Variant]:
 
 
 def _gemm(
-    use, config, dtype, adapters=None, *, bias=False, fanout=False, separate=False, dropout=False, present=3, aligned="all"
-) -> Variant:
+    use, config, dtype, adapters=None, *,
+    bias=False, fanout=False, separate=False, dropout=False, present=3, aligned="all",
+) -> Variant:  # fmt: skip
     adapters = adapters or dtype
     pointers = {"x": dtype, "w": dtype, "y": dtype}
     if present:
@@ -118,7 +120,8 @@ def _shrink(use, config, dtype, adapters=None, *, dropout=False, aligned="all") 
     pointers |= {"out_r": adapters, "out_e": adapters}
     if dropout:
         pointers["seed"] = "i64"
-    ones = ["stride_xrk", "stride_xek"] + (["stride_arr", "stride_aer"] if use == "ds" else ["stride_ark", "stride_aek"])
+    ones = ["stride_xrk", "stride_xek"]
+    ones += ["stride_arr", "stride_aer"] if use == "ds" else ["stride_ark", "stride_aek"]
     mixed = adapters == "fp32" and dtype != "fp32"
     constants = {
         "PRESENT": 3, "DROPOUT": dropout, "PRECISION": "tf32x3" if mixed else "ieee",
@@ -147,7 +150,8 @@ def _grad(use, config, dtype, adapters=None, *, dropout=False, aligned="all") ->
     pointers |= {"out_r": adapters, "out_e": adapters}
     if dropout:
         pointers["seed"] = "i64"
-    ones = ["stride_wrf", "stride_wef"] + (["stride_orr", "stride_oer"] if use == "db" else ["stride_orf", "stride_oef"])
+    ones = ["stride_wrf", "stride_wef"]
+    ones += ["stride_orr", "stride_oer"] if use == "db" else ["stride_orf", "stride_oef"]
     mixed = adapters == "fp32" and dtype != "fp32"
     constants = {
         "DROPOUT": dropout, "PRECISION": "tf32x3" if mixed else "ieee", "STRETCH": config.stretch,
@@ -162,9 +166,9 @@ def _reduce_variants(configs: list) -> Iterator[Variant]:
     for config in configs:
         for masked in (True, False):
             pointers = {"parts": "fp32", "out_r": "bf16", "out_e": "bf16"} | ({"routes": "i8"} if masked else {})
-            ones = ["stride_orr", "stride_oer"] if masked else ["stride_ori", "stride_oei"]
-            constants = {"PRESENT": 3, "MASKED": masked, "BLOCK_I": config.block_i, "BLOCK_R": config.block_r}
-            name = f"reduce-{'s' if masked else 'grad'}-bf16-{config.block_i}x{config.block_r}"
+            ones = ["stride_orr", "stride_oer"] if masked else ["stride_orl", "stride_oel"]
+            constants = {"PRESENT": 3, "MASKED": masked, "BLOCK_L": config.block_l, "BLOCK_R": config.block_r}
+            name = f"reduce-{'s' if masked else 'grad'}-bf16-{config.block_l}x{config.block_r}"
             yield _variant(name, reduce_kernel, config, pointers, ones, constants, "all", False)
 
 
@@ -193,5 +197,5 @@ def _divisible(signature: dict[str, str], aligned: str) -> tuple[str, ...]:
 
 
 _POINTERS = ("bias", "seed", "y_e", "routes", "s", "b_r", "b_e")
-_NOT_SPECIALISED = {"M", "I", "splits", "tokens_per_split", "threshold_r", "threshold_e"}
+_NOT_SPECIALISED = {"M", "L", "splits", "tokens_per_split", "threshold_r", "threshold_e"}
 _LOW_RANK = {"s", "b_r", "b_e", "rank_r", "rank_e", "stride_sm", "stride_brn", "stride_brk", "stride_ben", "stride_bek"}
