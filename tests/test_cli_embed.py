@@ -227,5 +227,5 @@ def test_a_media_file_that_is_missing_leaves_nothing_behind(capsys, corpus, tmp_
     places = ["--model", str(corpus / "base"), "--checkpoint", str(corpus / "twn"), "--out", str(tmp_path / "out.npy")]
     assert main(["embed", str(rows), *places, "--quiet"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "InputError" in last and "nowhere.png" in last
+    assert f'InputError: "{rows}", line 2: ' in last and "nowhere.png" in last
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

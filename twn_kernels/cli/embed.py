@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,17 +54,7 @@ def run(arguments: argparse.Namespace, device, checkpoint_options: dict, print_j
     out, details_path = _outputs(arguments)
     _check_options(arguments)
     sources = read_inputs(arguments.inputs, whole_files=arguments.whole_files)
-    vectors, details = _embedder(arguments, device, checkpoint_options).encode(
-        [source.value for source in sources],
-        prompt=arguments.prompt,
-        batch_size=arguments.batch_size,
-        show_progress_bar=not arguments.quiet,
-        truncate_dim=arguments.truncate_dim,
-        think=arguments.think,
-        think_threshold=arguments.threshold,
-        max_think_tokens=arguments.max_think_tokens,
-        return_details=True,
-    )
+    vectors, details = _encode(_embedder(arguments, device, checkpoint_options), sources, arguments)
     rows = _rows(sources, details)
     write_outputs(out, details_path, vectors, rows)
     thought = sum(row["thought"] for row in rows)
@@ -127,6 +118,29 @@ def _embedder(arguments: argparse.Namespace, device, checkpoint_options: dict):
         revision=arguments.model_revision,
         local_files_only=arguments.local_files_only,
     )
+
+
+def _encode(embedder, sources: list[Source], arguments: argparse.Namespace) -> tuple:
+    try:
+        return embedder.encode(
+            [source.value for source in sources],
+            prompt=arguments.prompt,
+            batch_size=arguments.batch_size,
+            show_progress_bar=not arguments.quiet,
+            truncate_dim=arguments.truncate_dim,
+            think=arguments.think,
+            think_threshold=arguments.threshold,
+            max_think_tokens=arguments.max_think_tokens,
+            return_details=True,
+        )
+    except InputError as error:
+        # The embedder counts inputs; who wrote the files wants the file and the line.
+        found = re.match(r"input (\d+): ", str(error))
+        if found is None:
+            raise
+        source = sources[int(found[1])]
+        where = f'"{source.name}"' + (f", line {source.line}" if source.line is not None else "")
+        raise InputError(f"{where}: {str(error)[found.end() :]}") from error
 
 
 def read_inputs(paths: list[str], *, whole_files: bool = False) -> list[Source]:
