@@ -191,9 +191,30 @@ def test_weights_of_another_kind():
 @torch.no_grad()
 def test_linears_that_torch_itself_bypasses():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    message = r"nn\.MultiheadAttention, which reads its weight .*: 0\.self_attn\.out_proj, 0\.linear1"
-    _refused(nn.Sequential(layer, nn.Linear(8, 8)).eval(), UnsupportedModel, message)
-    patch(nn.Sequential(layer, nn.Linear(8, 8)), targets=["1"])
+    model = nn.Sequential(layer, nn.Linear(8, 8)).eval()
+    message = r"parent reads its weight without calling it.*: 0\.self_attn\.out_proj, 0\.linear1, 0\.linear2"
+    _refused(model, UnsupportedModel, message, targets="all-linear")
+    assert [layer.layer for layer in status(patch(model)).layers] == ["1"]
+
+
+@torch.no_grad()
+def test_projections_that_a_state_space_kernel_takes():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50, state_size=4))
+    message = r"without calling it.*: backbone\.layers\.0\.mixer\.out_proj"
+    _refused(model, UnsupportedModel, message, targets=["in_proj", "out_proj"])
+    assert not [layer for layer in status(patch(model)).layers if "out_proj" in layer.layer]
+
+
+def test_transposed_layers_are_named():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
+    _refused(model, PatchError, 'no nn.Linear to patch. Its layers are "Conv1D", which store a transposed weight')
+    _refused(
+        model, UnsupportedModel, r"Conv1D, not a plain nn\.Linear: transformer\.h\.0\.attn\.c_attn", targets=["c_attn"]
+    )
 
 
 def test_targets_that_are_no_linear():

@@ -220,9 +220,7 @@ def _check_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     unseen = bypassed(model)
     for path, module in layers.items():
         if id(module) in unseen:
-            problem = (
-                "inside nn.TransformerEncoderLayer or nn.MultiheadAttention, which reads its weight without calling it"
-            )
+            problem = "a linear whose parent reads its weight without calling it, so that no adapter would act"
             problems.setdefault(problem, []).append(path)
         elif not is_plain_linear(module):
             problems.setdefault(f"{type(module).__name__}, not a plain nn.Linear", []).append(path)

@@ -99,6 +99,8 @@ _PLAIN_LINEARS = {
     ("torch.nn.modules.linear", "Linear"),
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
 }
+# Their fused kernels take the weight of out_proj, so that a layer put there is never called.
+_MAMBA = re.compile(r"\w*Mamba\w*Mixer")
 # A routed expert reads a subset of the tokens, in its own order.
 _EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 
@@ -116,8 +118,13 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def bypassed(model: nn.Module) -> set[int]:
     """``id`` of linears whose weight their parent reads without calling them, so that no adapter would act."""
-    parents = [m for m in model.modules() if isinstance(m, (nn.TransformerEncoderLayer, nn.MultiheadAttention))]
-    return {id(linear) for m in parents for linear in m.modules() if isinstance(linear, nn.Linear)}
+    found = set()
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+            found |= {id(inner) for inner in module.modules() if isinstance(inner, nn.Linear)}
+        elif _MAMBA.fullmatch(type(module).__name__):
+            found.add(id(getattr(module, "out_proj", None)))
+    return found
 
 
 def in_tower(path: str) -> bool:
@@ -151,10 +158,11 @@ def choose_targets(
 
     Args:
         model: any model.
-        targets: None: the family's site groups, or every ``nn.Linear`` outside towers and output embeddings where the
-            family is unknown. A list: modules whose path is, or ends in, one of its names. A string: one regex over the
-            whole path, or ``"all-linear"``: every ``nn.Linear`` except the output embeddings. Lists and strings mean
-            what they mean as PEFT's ``target_modules``, so they reach into a tower where they match there.
+        targets: None: the family's site groups, or, where the family is unknown, every ``nn.Linear`` outside towers and
+            output embeddings that its parent calls. A list: modules whose path is, or ends in, one of its names. A
+            string: one regex over the whole path, or ``"all-linear"``: every ``nn.Linear`` except the output
+            embeddings. Lists and strings mean what they mean as PEFT's ``target_modules``, so they reach into a tower
+            where they match there.
         spec: the family, where known.
 
     Raises:
@@ -164,23 +172,24 @@ def choose_targets(
     modules = {path: module for path, module in model.named_modules() if path}
     linears = {path: module for path, module in modules.items() if isinstance(module, nn.Linear)}
     if targets is None or targets == "all-linear":
-        heads = output_embeddings(model)
+        left = output_embeddings(model) | (bypassed(model) if targets is None else set())
         keep = (
             spec.is_target
             if targets is None and spec is not None
             else (lambda path: targets is not None or not in_tower(path))
         )
-        chosen = {path: module for path, module in linears.items() if id(module) not in heads and keep(path)}
+        chosen = {path: module for path, module in linears.items() if id(module) not in left and keep(path)}
         if not chosen:
-            ends = quoted(sorted({path.rsplit(".", 1)[-1] for path in linears}))
-            raise PatchError(
-                f"{type(model).__name__} has no nn.Linear to patch{_where(spec)}. "
-                f"Name its linears with targets=..., from: {ends}."
-            )
+            raise PatchError(f"{type(model).__name__} has no nn.Linear to patch{_where(spec)}.{_other_kinds(modules)}")
         return chosen
     if isinstance(targets, str):
         return _by_regex(modules, linears, targets)
     return _by_names(modules, linears, targets)
+
+
+def _other_kinds(modules: dict[str, nn.Module]) -> str:
+    kinds = {type(module).__name__ for module in modules.values() if "Conv1D" in type(module).__name__}
+    return f" Its layers are {quoted(sorted(kinds))}, which store a transposed weight." if kinds else ""
 
 
 def _where(spec: FamilySpec | None) -> str:

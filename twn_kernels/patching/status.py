@@ -193,7 +193,7 @@ def _level_note(record: PatchRecord) -> str:
         return f"linear level; {fused}"
     chosen = ""
     if record.kind == "fresh" and record.request.get("targets") is None:
-        chosen = "; targets are every nn.Linear outside towers and output embeddings"
+        chosen = "; targets are every nn.Linear outside towers and output embeddings that its parent calls"
     return f"linear level: the family is not in the table{chosen}; {fused}"
 
 
