@@ -188,7 +188,7 @@ def _as_array(value: Any):
 def _from_array(array, where: str, max_pixels: int, *, channels_first: bool):
     import numpy as np
 
-    shape, kind = list(array.shape), "tensor" if channels_first else "array"
+    shape, kind = list(array.shape), "a tensor" if channels_first else "an array"
     if array.ndim == 3:
         channels = shape[0] if channels_first else shape[2]
         if channels not in (1, 3, 4):
@@ -196,12 +196,12 @@ def _from_array(array, where: str, max_pixels: int, *, channels_first: bool):
             other = shape[2] if channels_first else shape[0]
             turn = "permute(2, 0, 1)" if channels_first else "transpose(1, 2, 0)"
             fix = f" Turn it with .{turn}." if other in (1, 3, 4) else ""
-            raise InputError(f"{where} must be a {kind} {wanted} or [height, width], got {shape}.{fix}")
+            raise InputError(f"{where} must be {kind} {wanted} or [height, width], got {shape}.{fix}")
         array = array.transpose(1, 2, 0) if channels_first else array
         array = array[:, :, 0] if channels == 1 else array
     elif array.ndim != 2:
         wanted = "[3, height, width]" if channels_first else "[height, width, 3]"
-        raise InputError(f"{where} must be a {kind} {wanted} or [height, width], got {shape}.")
+        raise InputError(f"{where} must be {kind} {wanted} or [height, width], got {shape}.")
     _check_size((array.shape[1], array.shape[0]), where, max_pixels)
     image = _pil().fromarray(np.ascontiguousarray(_bytes(array, where)))
     return _rgb(image, where)
