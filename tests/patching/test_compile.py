@@ -34,7 +34,7 @@ def _filled(model):
 @torch.no_grad()
 def test_one_graph_for_every_token_count(spec, graphs):
     count, backend = graphs
-    model = _filled(patch(tiny_model("llama"), rank=3))
+    model = _filled(patch(tiny_model("llama", num_hidden_layers=1), rank=3))
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     with route(compiled, spec):
         for tokens in (14, 9, 23, 31):
@@ -46,7 +46,7 @@ def test_one_graph_for_every_token_count(spec, graphs):
 @torch.no_grad()
 def test_routes_change_under_a_compiled_model(graphs):
     _, backend = graphs
-    model = _filled(patch(tiny_model("llama"), rank=3))
+    model = _filled(patch(tiny_model("llama", num_hidden_layers=1), rank=3))
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     inputs = tiny_inputs("llama", 3)
     for spec in (
@@ -62,7 +62,7 @@ def test_routes_change_under_a_compiled_model(graphs):
 
 def test_compiled_training_step(graphs):
     """aot_eager traces forward and backward through the registered op."""
-    model = _filled(patch(tiny_model("llama"), rank=3))
+    model = _filled(patch(tiny_model("llama", num_hidden_layers=1), rank=3))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -79,7 +79,7 @@ def test_compiled_training_step(graphs):
 @torch.no_grad()
 def test_a_peft_model_compiles_too(pair, graphs):
     count, backend = graphs
-    _, model, _ = pair("llama")
+    _, model, _ = pair("llama", targets=["q_proj", "down_proj"])
     patch(model)
     compiled = torch.compile(model.base_model.model, fullgraph=True, dynamic=True, backend=backend)
     model.set_adapter("embedding")
