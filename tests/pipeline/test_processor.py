@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_what_is_no_processor_is_named(tmp_path):
     with pytest.raises(CheckpointError, match='empty" holds neither a processor nor a tokenizer that loads: '):
         (tmp_path / "empty").mkdir()
         load_processor(tmp_path / "empty", local_files_only=True)
+
+
+def test_images_are_refused_with_the_reason_where_the_processor_does_not_load(sighted, tmp_path):
+    shutil.copytree(sighted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "processor_config.json").unlink()
+    processor = load_processor(tmp_path, local_files_only=True)
+    assert processor.render(processor.parse("x", 0)).endswith("assistant\n")
+    with pytest.raises(InputError, match="takes text only, got an image. Its processor does not load: ."):
+        processor.parse(np.zeros((8, 8)), 0)
 
 
 def test_token_ids_and_text_are_inverse(sighted):

@@ -32,6 +32,7 @@ class _Parts(NamedTuple):
     whole: Any = None
     images: Any = None
     template: str | None = None
+    missing: str = ""  # why there is a tokenizer alone, where more was looked for
 
 
 class Processor:
@@ -54,6 +55,7 @@ class Processor:
         self._template = self._template or getattr(parts.tokenizer, "chat_template", None)
         self.max_image_pixels = max_image_pixels
         self._videos = getattr(parts.whole, "video_processor", None)
+        self._missing = f" Its processor does not load: {parts.missing}" if parts.missing else ""
         self._system_turns = self._takes_system_turns()
 
     @property
@@ -83,12 +85,12 @@ class Processor:
                         f'input {index}: the text holds "{token}", which stands for pixels in this model. Remove it.'
                     )
         elif part.kind == "image" and not self.takes_images:
-            raise InputError(f"input {index}: the model takes text only, got an image.")
+            raise InputError(f"input {index}: the model takes text only, got an image.{self._missing}")
         elif part.kind == "video" and not self.takes_videos:
             if self.takes_images and self._whole is None:
                 raise MissingDependency(f"input {index}: videos need torchvision, {_TORCHVISION}")
             takes = "text and images" if self.takes_images else "text only"
-            raise InputError(f"input {index}: the model takes {takes}, got a video.")
+            raise InputError(f"input {index}: the model takes {takes}, got a video.{self._missing}")
 
     def _placeholders(self) -> list[str]:
         return [self._token("image")] * self.takes_images + [self._token("video")] * (
@@ -106,6 +108,10 @@ class Processor:
     def token_ids(self, text: str) -> list[int]:
         """Ids of a text without any that the tokenizer would put around it."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def raw_text_of(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -341,10 +347,12 @@ def _load(name: str, hub: dict[str, Any]) -> _Parts:
             return _given(found)
     except ImportError as error:
         return _composed(name, hub, error)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # a directory without a processor: its tokenizer says what is wrong, if anything is
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        missing = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    else:
+        missing = ""
     try:
-        return _Parts(AutoTokenizer.from_pretrained(name, **hub))
+        return _Parts(AutoTokenizer.from_pretrained(name, **hub), missing=missing)
     except Exception as error:
         raise CheckpointError(f'"{name}" holds neither a processor nor a tokenizer that loads: {error}') from error
 
