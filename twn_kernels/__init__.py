@@ -1,6 +1,6 @@
 """Two LoRA adapters on one frozen multimodal model, at (nearly) no cost.
 
-Public names are imported when they are first used, so ``import twn_kernels`` needs neither a GPU nor Triton nor transformers.
+Public names are imported when they are first used, so ``import twn_kernels`` needs no GPU, no Triton, no transformers.
 """
 
 from __future__ import annotations

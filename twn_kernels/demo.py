@@ -17,7 +17,6 @@ from twn_kernels.errors import MissingDependency
 
 _MODES = ("never", "auto", "always")
 _MAX_THINK_TOKENS = 24
-_RANKS = {"reasoning": 8, "embedding": 4}
 
 Say = Callable[[str], None]
 
@@ -54,14 +53,12 @@ def _run(directory: Path, say: Say) -> dict:
 
 
 def _build(directory: Path, say: Say) -> tuple[Path, Path]:
-    from twn_kernels.testing.tiny_directory import write_tiny_model
-    from twn_kernels.testing.twn_directory import write_twn_directory
+    from twn_kernels.testing.demo_directories import write_demo_directories
 
-    base = write_tiny_model(directory / "base", family="qwen3_vl")
-    twn = write_twn_directory(directory / "twn", _load(base), rank=_RANKS, num_queries=4, seed=0)
+    base, twn = write_demo_directories(directory)
     say(f"1. built   {base}  (model, tokenizer, processor: an ordinary HuggingFace directory)")
     say(f"           {twn}  (two adapters written by PEFT, gate, queries)")
-    return Path(base), Path(twn)
+    return base, twn
 
 
 def _load(base: Path) -> torch.nn.Module:
@@ -117,8 +114,10 @@ def _agreement(base: Path, twn: Path, say: Say) -> dict:
         "greedy_tokens": new.numel(),
     }
     say("\n2. against PEFT, one batch of rows [reasoning, embedding, base, reasoning], float32")
-    say(f"   largest logit difference   {figures['largest_difference']:.2e}   (logits up to {figures['largest_logit']:.2f};")
-    say(f"                                         the adapters move them by up to {figures['adapter_effect']:.2f})")
+    say(
+        f"   largest logit difference   {figures['largest_difference']:.2e}   "
+        f"(logits up to {figures['largest_logit']:.2f}, moved by the adapters by up to {figures['adapter_effect']:.2f})"
+    )
     say(f"   without a route, base rows {figures['largest_difference_base_rows']:.2e}")
     say(f"   greedy tokens equal        {equal} of {new.numel()}")
     return figures
@@ -154,7 +153,10 @@ def _patch_cost(base: Path, twn: Path, say: Say) -> dict:
     }
     say("\n3. patch(model, checkpoint)")
     say(f"   base {before:,} bytes; adapters {adapters:,}; added by patch {added:,}")
-    say(f"   beyond the adapters: {figures['beyond_adapters_percent_of_base']:.2f} % of the base (promised: at most 1 %)")
+    say(
+        f"   beyond the adapters: {figures['beyond_adapters_percent_of_base']:.2f} % of the base "
+        "(promised: at most 1 %)"
+    )
     say(f"   unpatch restores the same module objects: {'yes' if restored else 'NO'}")
     return figures
 
@@ -199,7 +201,10 @@ def _embed(base: Path, twn: Path, inputs: list, names: list[str], say: Say) -> d
     # Untrained scores crowd together; the median as threshold lets the gate split the batch.
     threshold = sorted(scores)[len(scores) // 2]
     figures: dict = {"threshold": threshold, "modes": {}}
-    say(f"\n4. embed {len(inputs)} inputs in one batch; auto thinks where the gate reaches {threshold:.4f} (their median)")
+    say(
+        f"\n4. embed {len(inputs)} inputs in one batch; "
+        f"auto thinks where the gate reaches {threshold:.4f} (their median)"
+    )
     vectors, details = {}, {}
     for mode in _MODES:
         start = time.perf_counter()

@@ -77,8 +77,8 @@ class Backbone:
         kinds = {kind for kind in layers if "attention" not in kind or "linear" in kind}
         if kinds or getattr(whole, "_is_stateful", False):
             raise UnsupportedModel(
-                f"{type(whole).__name__} keeps a recurrent state ({', '.join(sorted(kinds)) or 'stateful'}), which cannot "
-                "be rolled back after the query pass. The embedder needs attention layers throughout."
+                f"{type(whole).__name__} keeps a recurrent state ({', '.join(sorted(kinds)) or 'stateful'}), which "
+                "cannot be rolled back after the query pass. The embedder needs attention layers throughout."
             )
 
     @property
@@ -97,13 +97,16 @@ class Backbone:
         """The positions of a processor's batch.
 
         Args:
-            tensors: ``input_ids`` and ``attention_mask`` ``[batch, tokens]``, left-padded, and whatever belongs to media.
+            tensors: ``input_ids`` and ``attention_mask`` ``[batch, tokens]``, left-padded, and what belongs to media.
         """
-        tensors = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in tensors.items()}
+        tensors = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in tensors.items()
+        }
         ids, mask = tensors["input_ids"], tensors["attention_mask"].long()
         media = {name: value for name, value in tensors.items() if name not in _NOT_MEDIA and value is not None}
         media = {
-            name: value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            # Pixels alone: rounding a video's seconds per frame would move its positions.
+            name: value.to(self.dtype) if name.startswith("pixel_values") else value
             for name, value in media.items()
         }
         kinds = tensors.get("mm_token_type_ids")

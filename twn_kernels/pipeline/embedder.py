@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import twn_kernels.patching as patching
 from twn_kernels.checkpoint import Checkpoint, TWNConfig, load_checkpoint
 from twn_kernels.errors import CheckpointError, OptionError
 from twn_kernels.modules import QueryBank
@@ -33,6 +32,10 @@ __all__ = ["TWNEmbedder"]
 _OPTIONS = [
     *("prompt", "batch_size", "show_progress_bar", "normalize_embeddings", "truncate_dim", "convert_to_numpy"),
     *("convert_to_tensor", "think", "think_threshold", "max_think_tokens", "return_details"),
+]
+_LOADING_OPTIONS = [
+    *("processor", "dtype", "device", "impl", "prompts", "max_image_pixels", "seed"),
+    *("revision", "token", "cache_dir", "local_files_only"),
 ]
 
 
@@ -91,11 +94,13 @@ class TWNEmbedder:
         token: str | bool | None = None,
         cache_dir: str | PathLike | None = None,
         local_files_only: bool = False,
+        **unknown: Any,
     ) -> TWNEmbedder:
         """Load a base model and a TWN checkpoint, patch the one with the other, and return an embedder.
 
         Args:
-            base: a directory, a hub id, or a loaded model (patched here unless it already is).
+            base: a directory, a hub id, or a loaded model, which is patched here. A ``PeftModel`` keeps its own
+                adapters and takes queries, gate and configuration from ``checkpoint``.
             checkpoint: a TWN directory, a hub id, or a loaded checkpoint; it must have queries.
             processor: a HuggingFace processor or tokenizer; None: the one beside ``base``.
             dtype: of a model that is loaded here; None: as its configuration says.
@@ -104,13 +109,15 @@ class TWNEmbedder:
             prompts: instruction by name; ``encode_query`` uses ``"query"``, ``encode_document`` ``"document"``.
             max_image_pixels: larger images are refused before they are decoded; None: the default of the inputs.
             seed: for sampled thoughts.
-            revision, token, cache_dir, local_files_only: for hub ids, as in transformers; for base and checkpoint alike.
+            revision, token, cache_dir, local_files_only: for hub ids, as in transformers; for both.
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another base.
             UnsupportedModel, PatchError: the model cannot be patched or is no decoder.
             MissingDependency: transformers is absent or too old.
+            OptionError: an argument is unknown or of the wrong kind.
         """
+        reject_unknown(unknown, _LOADING_OPTIONS, "from_pretrained")
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = load_checkpoint(checkpoint, **hub)
@@ -119,8 +126,7 @@ class TWNEmbedder:
         if processor is None:
             processor = loading.processor_source(base, model)
         loaded = load_processor(processor, max_image_pixels=max_image_pixels, **hub)
-        if not loading.is_patched(model):
-            patching.patch(model, checkpoint, impl=impl)
+        loading.patch_for(model, checkpoint, impl)
         return cls(model, checkpoint, loaded, prompts=prompts, seed=seed)
 
     @property
@@ -181,13 +187,15 @@ class TWNEmbedder:
         if think == "auto" and self._gate is None:
             raise OptionError('think="auto" needs a gate, and the checkpoint has none. Use think="never" or "always".')
         values, single = as_list(inputs)
-        parsed = [self.processor.parse(value, index) for index, value in enumerate(values)]
+        self._check_inputs(values, batch_size)
         config = options.applied_to(self.config)
         vectors: list[Tensor] = []
         details: list[EncodeDetails] = []
-        with Progress(len(parsed), show_progress_bar) as progress:
-            for start in range(0, len(parsed), batch_size):
-                batch = self.processor.batch(parsed[start : start + batch_size], prompt, first_index=start)
+        with Progress(len(values), show_progress_bar) as progress:
+            for start in range(0, len(values), batch_size):
+                chunk = values[start : start + batch_size]
+                parsed = [self.processor.parse(value, start + place) for place, value in enumerate(chunk)]
+                batch = self.processor.batch(parsed, prompt, first_index=start)
                 result = self._run(batch, config, options, progress)
                 vectors += self._pooled(result.states, config, normalize_embeddings, truncate_dim)
                 details += _details(result, len(batch))
@@ -222,6 +230,12 @@ class TWNEmbedder:
         left, right = (nn.functional.normalize(value, dim=1) for value in (left, right.to(left.device)))
         return left @ right.T
 
+    def _check_inputs(self, values: list, batch_size: int) -> None:
+        """Read every input once before the first batch runs, and keep none: a corpus of images would not fit."""
+        if len(values) > batch_size:
+            for index, value in enumerate(values):
+                self.processor.parse(value, index)
+
     def _run(self, batch: EncodedBatch, config: TWNConfig, options: EncodeOptions, progress: Progress) -> BatchResult:
         processor = self.processor
         method = Method(
@@ -234,7 +248,11 @@ class TWNEmbedder:
             loading.routes_media(self.model),
         )
         rule = StopRule(
-            processor.text_of, config.think_end, loading.end_of_sequence(self.model, processor), config.max_think_tokens
+            processor.raw_text_of,
+            processor.text_of,
+            config.think_end,
+            loading.end_of_sequence(self.model, processor),
+            config.max_think_tokens,
         )
         choose = chooser(config.temperature, config.top_p, self.seed, self._backbone.device)
         return run_batch(method, batch, Thinking(options.decide(config.think_threshold), rule, choose), progress.phase)

@@ -22,7 +22,9 @@ def extend_rows(tensors: dict[str, Tensor], suffixes: list[list[int]], pad_id: i
     """
     mask = tensors["attention_mask"].bool()
     fills = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    rows = {name: [row[keep] for row, keep in zip(tensors[name], mask, strict=True)] for name in fills if name in tensors}
+    rows = {
+        name: [row[keep] for row, keep in zip(tensors[name], mask, strict=True)] for name in fills if name in tensors
+    }
     longest = max(len(row) + len(suffix) for row, suffix in zip(rows["input_ids"], suffixes, strict=True))
     out = dict(tensors)
     for name, pieces in rows.items():

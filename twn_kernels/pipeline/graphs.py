@@ -1,8 +1,8 @@
 """One batch through the method: prefill, gate, split, think, embed, in both execution graphs.
 
-``shared_kv`` keeps one cache a sequence and splits the adapters by position: prompt, thought under ``reasoning``, queries
-under ``embedding``. ``reencode`` reads prompt, thought and queries again under ``embedding`` alone. In both, the prompt and
-the queries of the plain embedding run as one forward with a route for each token.
+``shared_kv`` keeps one cache a sequence and splits the adapters by position: prompt, thought under ``reasoning``,
+queries under ``embedding``. ``reencode`` reads prompt, thought and queries again under ``embedding`` alone. In both,
+the prompt and the queries of the plain embedding run as one forward with a route for each token.
 """
 
 from __future__ import annotations
@@ -111,28 +111,24 @@ def _read_with_queries(method: Method, prompt: Prompt, adapter: str | None, cach
     """The prompt under ``adapter`` and the queries under ``embedding``: last prompt state, query outputs."""
     backbone, count = method.backbone, method.queries.num_queries
     batch, tokens = prompt.ids.shape
-    queries = method.queries(batch, backbone.dtype)
     if method.routes_media and adapter != EMBEDDING:
-        return _read_in_two(method, prompt, adapter, cache, queries)
+        return _read_in_two(method, prompt, adapter, cache)
     spec: str | Tensor = EMBEDDING
     if adapter != EMBEDDING:
         spec = torch.full((batch, tokens + count), ROUTE_BITS[adapter], dtype=torch.int8, device=backbone.device)
         spec[:, tokens:] = ROUTE_BITS[EMBEDDING]
     with patching.route(backbone.model, spec):
-        hidden = backbone.read(prompt, queries, cache)
+        hidden = backbone.read(prompt, method.queries(batch, backbone.dtype), cache)
     return hidden[:, tokens - 1], hidden[:, tokens:]
 
 
-def _read_in_two(method: Method, prompt: Prompt, adapter: str | None, cache, queries: Tensor) -> tuple[Tensor, Tensor]:
+def _read_in_two(method: Method, prompt: Prompt, adapter: str | None, cache) -> tuple[Tensor, Tensor]:
     """The same in two forwards: layers of a vision tower can follow one route for all tokens, not one for each."""
     backbone = method.backbone
     cache = backbone.new_cache() if cache is None else cache
     with patching.route(backbone.model, adapter):
         hidden = backbone.read(prompt, None, cache)
-    mask = torch.cat([prompt.mask, prompt.mask.new_ones(queries.shape[:2])], dim=1)
-    with patching.route(backbone.model, EMBEDDING):
-        states = backbone.continue_(queries, mask, prompt.next_position, cache)
-    return hidden[:, -1], states
+    return hidden[:, -1], _queries_after(method, _running(method, prompt, cache, hidden[:, -1]))
 
 
 def _running(method: Method, prompt: Prompt, cache, prompt_state: Tensor) -> Running:
@@ -156,6 +152,10 @@ def _think_on_cache(method: Method, running: Running, states: Tensor, thinking: 
 
     def finished(done: Running, last: list[int]) -> None:
         phase("embed")
+        if method.routes_media:
+            advance(backbone, done, [[token] for token in last])
+            states[done.rows] = _queries_after(method, done).to(states)
+            return
         ids = torch.tensor(last, device=backbone.device)[:, None]
         vectors = torch.cat([backbone.embeddings(ids), method.queries(len(last), backbone.dtype)], dim=1)
         routes = torch.full(vectors.shape[:2], ROUTE_BITS[EMBEDDING], dtype=torch.int8, device=backbone.device)
@@ -166,6 +166,14 @@ def _think_on_cache(method: Method, running: Running, states: Tensor, thinking: 
         states[done.rows] = hidden[:, -count:].to(states)
 
     return _think(method, running, thinking, finished, phase)
+
+
+def _queries_after(method: Method, done: Running) -> Tensor:
+    """Query outputs after all that the cache holds, in a forward of their own."""
+    queries = method.queries(len(done.rows), method.backbone.dtype)
+    mask = torch.cat([done.mask, done.mask.new_ones(queries.shape[:2])], dim=1)
+    with patching.route(method.backbone.model, EMBEDDING):
+        return method.backbone.continue_(queries, mask, done.next_position, done.cache)
 
 
 def _think_and_reencode(

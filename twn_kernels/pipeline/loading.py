@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import twn_kernels.patching as patching
 from twn_kernels.checkpoint import Checkpoint
 from twn_kernels.errors import CheckpointError, InputError, MissingDependency, OptionError, TWNError
 from twn_kernels.modules import GateMLP
-from twn_kernels.patching.record import find_record, require_record
+from twn_kernels.patching.record import require_record
 from twn_kernels.pipeline.backbone import Backbone
 
-__all__ = ["as_matrix", "base_model", "end_of_sequence", "gate_module", "is_patched", "processor_source", "routes_media"]
+__all__ = ["as_matrix", "base_model", "end_of_sequence", "gate_module", "patch_for", "processor_source", "routes_media"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,13 +35,21 @@ def base_model(
     if isinstance(base, nn.Module):
         if dtype is not None:
             raise OptionError("dtype is for a model that is loaded here; convert a loaded one with model.to(dtype).")
-        return base if device is None else base.to(device)
+        return base if device is None else base.to(_device(device))
     if not isinstance(base, str | PathLike):
         raise OptionError(f"base must be a directory, a hub id or a loaded model, got {type(base).__name__}.")
+    device = _device(device)
     if isinstance(dtype, str) and dtype not in _DTYPES and dtype != "auto":
         raise OptionError(f"dtype must be a torch.dtype, {', '.join(_DTYPES)} or auto, got {dtype!r}.")
     model = _load(str(base), _DTYPES.get(dtype, dtype or "auto"), hub)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f'device must be one torch knows, such as "cuda:0" or "cpu", got {device!r}.') from error
 
 
 def _load(base: str, dtype: torch.dtype | str, hub: dict) -> nn.Module:
@@ -48,6 +57,9 @@ def _load(base: str, dtype: torch.dtype | str, hub: dict) -> nn.Module:
         raise MissingDependency('loading a base model needs transformers. Run: pip install "twn_kernels[hf]"')
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    looks_local = base.startswith((".", "/", "~")) or base.count("/") != 1
+    if looks_local and not Path(base).exists():
+        raise CheckpointError(f"base {base} does not exist; give a HuggingFace model directory or a hub id owner/name.")
     if Path(base).exists() and not (Path(base) / "config.json").is_file():
         raise CheckpointError(f"{base} has no config.json; base must be a HuggingFace model directory or a hub id.")
     try:
@@ -78,9 +90,16 @@ def processor_source(base: str | PathLike | nn.Module, model: nn.Module) -> str:
     return name
 
 
-def is_patched(model: nn.Module) -> bool:
-    """Whether ``patch`` has been called on the model."""
-    return find_record(model) is not None
+def patch_for(model: nn.Module, checkpoint: Checkpoint, impl: str) -> None:
+    """Patch ``model`` with the checkpoint's adapters; a ``PeftModel`` with its own.
+
+    Raises:
+        PatchError: the model is patched with another checkpoint's adapters; the fix is to unpatch it first.
+    """
+    if hasattr(model, "peft_config"):
+        patching.patch(model, impl=impl)
+    else:
+        patching.patch(model, checkpoint, impl=impl)
 
 
 def routes_media(model: nn.Module) -> bool:

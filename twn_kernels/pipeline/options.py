@@ -55,7 +55,9 @@ class EncodeOptions:
         if self.max_think_tokens is not None:
             _whole("max_think_tokens", self.max_think_tokens)
         if self.think not in MODES:
-            raise OptionError(f"think must be one of {quoted(MODES)}, got {self.think!r}.{did_you_mean(self.think, MODES)}")
+            raise OptionError(
+                f"think must be one of {quoted(MODES)}, got {self.think!r}.{did_you_mean(self.think, MODES)}"
+            )
         threshold = self.think_threshold
         if threshold is not None and not (_is_number(threshold) and 0.0 <= threshold <= 1.0):
             raise OptionError(f"think_threshold must be a number in [0, 1], got {threshold!r}.")

@@ -13,8 +13,8 @@ class Progress:
 
     Args:
         total: inputs.
-        show: None shows it where the logger ``twn_kernels`` is at level INFO or below. ``HF_HUB_DISABLE_PROGRESS_BARS=1``
-            hides it in either case.
+        show: None shows it where the logger ``twn_kernels`` is at level INFO or below.
+            ``HF_HUB_DISABLE_PROGRESS_BARS=1`` hides it in either case.
     """
 
     def __init__(self, total: int, show: bool | None) -> None:

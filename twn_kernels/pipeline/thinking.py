@@ -68,7 +68,8 @@ class StopRule:
     """Recognises the end of a thought in token ids, also where a stop string spans tokens.
 
     Args:
-        decode: token ids to text.
+        decode: token ids to the text that stops are looked for in, special tokens included.
+        clean: token ids to the text that is reported.
         stops: strings and token ids that close a thought.
         end_of_sequence: ids that end the text; without a stop before it, the format is broken.
         limit: tokens a thought may have.
@@ -77,32 +78,44 @@ class StopRule:
     def __init__(
         self,
         decode: Callable[[list[int]], str],
+        clean: Callable[[list[int]], str],
         stops: Sequence[str | int],
         end_of_sequence: Sequence[int],
         limit: int,
     ) -> None:
-        self.decode, self.limit = decode, limit
+        self.decode, self.clean, self.limit = decode, clean, limit
         self.strings = tuple(stop for stop in stops if isinstance(stop, str))
         self.ids = {stop for stop in stops if isinstance(stop, int)}
         self.end_of_sequence = set(end_of_sequence) - self.ids
+        # A stop that has just been completed lies within as many tokens as it has bytes; the rest is room for a
+        # tokenizer that decodes the first token of a text differently.
+        self._window = max((len(stop.encode()) for stop in self.strings), default=0) + 4
 
     def ended(self, thought: Thought) -> bool:
         """Whether the thought is over after its last token; fills in its text and what is wrong with it."""
         last = thought.ids[-1]
-        if last in self.ids:
-            thought.text = self.decode(thought.ids[:-1])
-            return True
-        written = self.decode(thought.ids)
-        found = [place for stop in self.strings if (place := written.find(stop)) >= 0]
-        thought.text = written[: min(found)] if found else written
-        if found:
-            return True
-        if last in self.end_of_sequence:
+        tail = self.decode(thought.ids[-self._window :])
+        closed = last in self.ids or any(stop in tail for stop in self.strings)
+        if not closed and last in self.end_of_sequence:
             thought.broken = "the text ended before the thought was closed"
-            thought.text = self.decode(thought.ids[:-1])
-        elif len(thought.ids) >= self.limit:
+        elif not closed and len(thought.ids) >= self.limit:
             thought.broken = f"the thought was not closed within {self.limit} tokens"
-        return thought.broken is not None
+        if closed or thought.broken is not None:
+            thought.text = self._written(thought.ids)
+            return True
+        return False
+
+    def _written(self, ids: list[int]) -> str:
+        """The text before whatever ended it."""
+        if ids[-1] in self.ids or ids[-1] in self.end_of_sequence:
+            return self.clean(ids[:-1])
+        whole = self.decode(ids)
+        found = [place for stop in self.strings if (place := whole.find(stop)) >= 0]
+        if not found:
+            return self.clean(ids)
+        # Cut by tokens, so that special tokens before the stop are left out, then by what the last of them began.
+        kept = next(count for count in range(len(ids)) if len(self.decode(ids[: count + 1])) > min(found))
+        return self.clean(ids[:kept]) + whole[len(self.decode(ids[:kept])) : min(found)]
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The embedding pipeline as its definition reads: one input at a time, one whole forward a step, no cache, no batch.
 
-Slow and obvious on purpose. Positions come from the model's own rotary index over the whole sequence (queries and thought
-as dummy text tokens), routes are written out token by token, and nothing is shared with the embedder but the model.
+Slow and obvious on purpose. Positions come from the model's own rotary index over the whole sequence (queries and
+thought as dummy text tokens), routes are written out token by token, and nothing is shared with the
+embedder but the model.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class _Runner:
             embeds = torch.cat([embeds, self.queries], dim=1)
         routes = [_BITS[prompt_route]] * self.length + [_BITS[written_route]] * len(written) + [2] * count
         media = {
-            name: value.to(embeds.dtype) if value.is_floating_point() else value
+            name: value.to(embeds.dtype) if name.startswith("pixel_values") else value
             for name, value in self.tensors.items()
             if name not in ("input_ids", "attention_mask", "mm_token_type_ids")
         }
@@ -126,14 +127,14 @@ class _Runner:
 
 
 def _gate(checkpoint: Checkpoint, queries: Tensor, last: Tensor) -> float:
-    """The gate by hand in fp64: linear and norm layers in order, sigmoid of one logit or softmax of two."""
+    """The gate by hand in the model's dtype: linear and norm layers in order, sigmoid of one logit, softmax of two."""
     config = checkpoint.config
-    mean = queries.double().mean(0)
+    mean = queries.mean(0)
     x = {
         "mean": mean,
-        "last": last.double(),
-        "concat": queries.double().flatten(),
-        "mean_last": torch.cat([mean, last.double()]),
+        "last": last,
+        "concat": queries.flatten(),
+        "mean_last": torch.cat([mean, last]),
     }[config.gate_input]
     activations = {
         "gelu": nn.functional.gelu,
@@ -143,8 +144,8 @@ def _gate(checkpoint: Checkpoint, queries: Tensor, last: Tensor) -> float:
         "tanh": torch.tanh,
     }
     for layer in checkpoint.gate_layout().layers:
-        weight = checkpoint.gate[layer.weight].double()
-        bias = None if layer.bias is None else checkpoint.gate[layer.bias].double()
+        weight = checkpoint.gate[layer.weight].to(x)
+        bias = None if layer.bias is None else checkpoint.gate[layer.bias].to(x)
         if layer.kind == "linear":
             x = nn.functional.linear(x, weight, bias)
         elif bias is None:

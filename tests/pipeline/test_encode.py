@@ -1,0 +1,234 @@
+"""``encode`` as its users meet it: shapes and types, single inputs, stops, sampling, and each refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import twn_kernels
+from twn_kernels import TWNEmbedder
+from twn_kernels.errors import CheckpointError, InputError, OptionError, UnsupportedModel
+from twn_kernels.pipeline.options import EncodeDetails
+from twn_kernels.pipeline.sampling import chooser
+from twn_kernels.pipeline.thinking import StopRule, Thought
+from twn_kernels.testing.oracle import assert_as_good_as_torch
+
+TEXTS = ["a red flower", "the old temple", "seven"]
+
+
+@pytest.fixture
+def llama(world, monkeypatch):
+    this = world("llama", "mean_last")
+    config = dataclasses.replace(this.embedder.checkpoint.config, max_think_tokens=5)
+    monkeypatch.setattr(this.embedder, "config", config)
+    return this
+
+
+def test_types_and_shapes(llama):
+    encode, hidden = llama.embedder.encode, llama.embedder.get_sentence_embedding_dimension()
+    array = encode(TEXTS, think="never")
+    assert isinstance(array, np.ndarray) and array.dtype == np.float32 and array.shape == (3, hidden)
+    assert np.abs(np.linalg.norm(array, axis=1) - 1).max() < 4 * np.finfo(np.float32).eps
+    single = encode(TEXTS[0], think="never")
+    assert single.shape == (hidden,)
+    tensor = encode(TEXTS, think="never", convert_to_tensor=True)
+    assert isinstance(tensor, torch.Tensor) and np.array_equal(tensor.numpy(), array)
+    vectors = encode(TEXTS, think="never", convert_to_numpy=False)
+    assert isinstance(vectors, list) and len(vectors) == 3 and vectors[0].shape == (hidden,)
+    assert encode([], think="never").shape == (0, hidden)
+    assert encode([], think="never", truncate_dim=8, return_details=True)[0].shape == (0, 8)
+
+
+def test_truncation_and_normalisation(llama):
+    encode = llama.embedder.encode
+    raw = encode(TEXTS, think="never", normalize_embeddings=False, convert_to_tensor=True)
+    assert (raw.norm(dim=1) - 1).abs().min() > 1e-3
+    whole = encode(TEXTS, think="never", convert_to_tensor=True)
+    assert torch.equal(whole, torch.nn.functional.normalize(raw, dim=1))
+    cut = encode(TEXTS, think="never", truncate_dim=8, convert_to_tensor=True)
+    assert torch.equal(cut, torch.nn.functional.normalize(raw[:, :8], dim=1))
+
+
+def test_details_of_a_single_input_and_of_many(llama):
+    _, detail = llama.embedder.encode(TEXTS[0], think="never", return_details=True)
+    assert isinstance(detail, EncodeDetails)
+    assert not detail.thought and detail.tokens == 0 and detail.text is None and detail.fallback is None
+    _, details = llama.embedder.encode(TEXTS, think="always", return_details=True)
+    assert len(details) == 3 and all(0 <= d.gate_score <= 1 for d in details)
+    assert all(1 <= d.tokens <= 5 for d in details)
+
+
+def test_a_broken_thought_gives_the_plain_vector_and_says_why(llama, monkeypatch):
+    config = dataclasses.replace(llama.embedder.config, think_end=("never written",))
+    monkeypatch.setattr(llama.embedder, "config", config)
+    vectors, details = llama.embedder.encode(TEXTS, think="always", return_details=True)
+    assert np.array_equal(vectors, llama.embedder.encode(TEXTS, think="never"))
+    reasons = {d.fallback for d in details}
+    assert reasons <= {"the thought was not closed within 5 tokens", "the text ended before the thought was closed"}
+    assert len(reasons) >= 1 and not any(d.thought for d in details)
+
+
+def test_prompts_change_the_vector_and_have_names(llama):
+    embedder = llama.embedder
+    embedder.prompts = {"query": "Find the document that answers the question."}
+    try:
+        plain, asked = embedder.encode(TEXTS, think="never"), embedder.encode_query(TEXTS, think="never")
+        assert np.abs(plain - asked).max() > 1e-3
+        assert np.array_equal(asked, embedder.encode(TEXTS, think="never", prompt=embedder.prompts["query"]))
+        assert np.array_equal(plain, embedder.encode_document(TEXTS, think="never"))
+    finally:
+        embedder.prompts = {}
+
+
+def test_similarity():
+    a = np.array([[3.0, 4.0], [1.0, 0.0]])
+    truth = torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    assert_as_good_as_torch(TWNEmbedder.similarity(a, a), truth, truth.float())
+    one = TWNEmbedder.similarity(a[0], [torch.tensor([0.0, 2.0])])
+    assert_as_good_as_torch(one, torch.tensor([[0.8]], dtype=torch.float64), torch.tensor([[0.8]]))
+    with pytest.raises(OptionError, match="vectors of one width, got 2 and 3"):
+        TWNEmbedder.similarity(a, np.zeros((1, 3)))
+    with pytest.raises(InputError, match="a must be vectors"):
+        TWNEmbedder.similarity("no vectors", a)
+
+
+def test_sampling_is_seeded_and_a_narrow_nucleus_is_greedy():
+    logits = torch.randn(64, 50)
+    cpu = torch.device("cpu")
+    greedy = chooser(0.0, 1.0, 0, cpu)(logits)
+    assert torch.equal(greedy, logits.argmax(1))
+    assert torch.equal(chooser(1.0, 1e-6, 0, cpu)(logits), greedy)
+    first, again, other = (chooser(1.5, 0.9, seed, cpu)(logits) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, greedy)
+    probabilities = (logits / 1.5).softmax(1)
+    order = probabilities.argsort(1, descending=True)
+    for row, token in enumerate(first.tolist()):
+        rank = order[row].tolist().index(token)
+        assert probabilities[row][order[row][:rank]].sum() < 0.9
+
+
+def test_sampled_frequencies_follow_the_nucleus():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, 4)
+    drawn = chooser(1.0, 0.8, 0, torch.device("cpu"))(logits)
+    share = torch.bincount(drawn, minlength=4) / 4000
+    # 0.5 and 0.3 make up the nucleus of 0.8.
+    assert share[2:].sum() == 0 and abs(share[0] - 0.625) < 4 * (0.625 * 0.375 / 4000) ** 0.5
+
+
+def test_stop_rule_finds_strings_that_span_tokens():
+    pieces = {1: "so </th", 2: "ink> and", 3: "more", 4: "<eos>", 5: "<special>", 9: "<stop>"}
+
+    def decode(ids):
+        return "".join(pieces[i] for i in ids)
+
+    def clean(ids):
+        return decode([i for i in ids if i != 5])
+
+    rule = StopRule(decode, clean, ("</think>", 9), [4], limit=3)
+
+    def run(ids):
+        thought = Thought()
+        for place, token in enumerate(ids, 1):
+            thought.ids.append(token)
+            if rule.ended(thought):
+                return place, thought.text, thought.broken
+        return None
+
+    assert run([1, 2]) == (2, "so ", None)
+    assert run([3, 9]) == (2, "more", None)
+    assert run([3, 4]) == (2, "more", "the text ended before the thought was closed")
+    assert run([5, 1, 2]) == (3, "so ", None)
+    assert run([3, 3, 3]) == (3, "moremoremore", "the thought was not closed within 3 tokens")
+    assert run([3, 1, 2])[2] is None, "a thought that closes with its last token is closed"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"think": "alway"}, "think must be one of .* got 'alway'. Did you mean \"always\""),
+        ({"think_threshold": 1.5}, r"think_threshold must be a number in \[0, 1\], got 1.5"),
+        ({"think_threshold": float("nan")}, r"think_threshold must be a number in \[0, 1\], got nan"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"max_think_tokens": 0}, "max_think_tokens must be a whole number of at least 1, got 0"),
+        ({"truncate_dim": 100000}, "truncate_dim must be at most the model's hidden size, 64, got 100000"),
+        ({"batchsize": 3}, 'encode has no option "batchsize".* Did you mean "batch_size"'),
+    ],
+)
+def test_wrong_options(llama, options, message):
+    with pytest.raises(OptionError, match=message):
+        llama.embedder.encode(TEXTS, **options)
+
+
+def test_a_bad_input_is_named_before_anything_runs(llama, monkeypatch):
+    monkeypatch.setattr(llama.embedder, "_run", lambda *_: pytest.fail("something ran"))
+    with pytest.raises(InputError, match="input 1"):
+        llama.embedder.encode(["fine", None], batch_size=1)
+
+
+def test_auto_without_a_gate_and_a_checkpoint_without_queries(llama, tmp_path):
+    from twn_kernels.testing.twn_directory import write_twn_directory
+
+    plain = twn_kernels.unpatch(TWNEmbedder.from_pretrained(llama.base, llama.twn, device="cpu").model)
+    no_gate = write_twn_directory(tmp_path / "no_gate", plain, gate_input=None)
+    embedder = TWNEmbedder.from_pretrained(llama.base, no_gate, device="cpu")
+    with pytest.raises(OptionError, match='think="auto" needs a gate.* Use think="never" or "always"'):
+        embedder.encode(TEXTS)
+    _, details = embedder.encode(TEXTS, think="never", return_details=True)
+    assert details[0].gate_score is None
+    no_queries = write_twn_directory(tmp_path / "no_queries", plain, gate_input=None, num_queries=0)
+    with pytest.raises(CheckpointError, match="has no queries; expected queries.safetensors or queries.pt"):
+        TWNEmbedder.from_pretrained(llama.base, no_queries, device="cpu")
+
+
+def test_a_model_that_is_loaded_or_already_patched(llama):
+    from twn_kernels.pipeline import loading
+
+    model = loading.base_model(llama.base, torch.float32, "cpu", {})
+    expected = llama.embedder.encode(TEXTS, think="never")
+    fresh = TWNEmbedder.from_pretrained(model, llama.twn)
+    assert np.array_equal(fresh.encode(TEXTS, think="never"), expected)
+    again = TWNEmbedder.from_pretrained(model, llama.twn)
+    assert again.model is model and np.array_equal(again.encode(TEXTS, think="never"), expected)
+
+
+def test_wrong_bases(llama, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    with pytest.raises(CheckpointError, match="has no config.json; base must be a HuggingFace model directory"):
+        TWNEmbedder.from_pretrained(tmp_path, llama.twn)
+    with pytest.raises(OptionError, match="base must be a directory, a hub id or a loaded model, got int"):
+        TWNEmbedder.from_pretrained(3, llama.twn)
+    with pytest.raises(OptionError, match="dtype must be a torch.dtype, .* got 'float3'"):
+        TWNEmbedder.from_pretrained(llama.base, llama.twn, dtype="float3")
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+    }
+    bert = twn_kernels.patch(BertModel(BertConfig(**small)), rank=2)
+    with pytest.raises(UnsupportedModel, match="BertModel is no decoder with a language-model head"):
+        TWNEmbedder(bert, llama.embedder.checkpoint, llama.embedder.processor)
+
+
+def test_a_checkpoint_for_a_base_of_another_width(llama, world):
+    other = world("llama", "mean_last")
+    queries = torch.randn(3, 48)
+    with pytest.raises(CheckpointError, match=r"queries are \[3, 48\] but the model's hidden size is 64"):
+        TWNEmbedder(
+            other.embedder.model,
+            dataclasses.replace(llama.embedder.checkpoint, queries=queries),
+            llama.embedder.processor,
+        )
+
+
+def test_progress_names_each_phase(llama, capsys):
+    llama.embedder.encode(TEXTS, think="always", show_progress_bar=True)
+    shown = capsys.readouterr().err
+    assert "think" in shown and "3/3" in shown
+    llama.embedder.encode(TEXTS, think="never", show_progress_bar=False)
+    assert capsys.readouterr().err == ""
