@@ -16,7 +16,7 @@ PROBLEMS = [
     Problem(1, 257, 33, (1, 3), FP32, "embedding", bias=False),
     Problem(2, 5, 3, (2, 1), FP32, "both"),
     Problem(7, 96, 257, (8, 64), FP16, "alternating"),
-    Problem(7, 640, 64, (16, 4), BF16, "mixed"),  # few tokens, many features: the shrink is split
+    Problem(7, 1152, 64, (16, 4), BF16, "mixed"),  # few tokens, many features: the shrink is split
     Problem(16, 64, 64, (48, 96), BF16, "both"),
     Problem(17, 640, 64, (16, 80), FP32, "suffix"),  # split, and rank 80 is two tiles
     Problem(63, 64, 96, (32, 16), BF16, "suffix"),

@@ -8,6 +8,7 @@ from triton_problems import BF16, FP32, SCALING, Inputs, Problem
 
 from twn_kernels.impl import triton
 from twn_kernels.impl.reference.dropout import keep_mask
+from twn_kernels.impl.triton.config import shrink_config
 
 SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF]
 
@@ -35,17 +36,16 @@ def test_the_shrink_draws_the_reference_mask(seed, dropout, device):
 
 
 def test_a_split_shrink_draws_the_same_mask(device):
-    """640 features, few tokens: each part must count its features from the start of x, not of its part."""
-    inputs = _identity_problem(device, (0.5, 0.5), 7, BF16, tokens=3, features=64)
-    wide = Inputs(Problem(3, 640, 8, (64, 64), BF16, "both", dropout=(0.5, 0.5)), device)
-    wide.seed = inputs.seed
+    """Many features, few tokens: each part must count its features from the start of x, not of its part."""
+    assert shrink_config(3, 1216, 64, 64, False, 90).splits > 1
+    wide = Inputs(Problem(3, 1216, 8, (64, 64), BF16, "both", dropout=(0.5, 0.5)), device)
     wide.x.fill_(1.0)
     for A in wide.A:
         A.zero_()
-        A[:, 576:] = torch.eye(64)
+        A[:, 1152:] = torch.eye(64)
     s = triton.forward(*wide.arguments)[1]
     for adapter, part in enumerate(s.split(64, dim=1)):
-        assert torch.equal(part != 0, keep_mask(wide.seed, adapter, 3, 640, 0.5)[:, 576:])
+        assert torch.equal(part != 0, keep_mask(wide.seed, adapter, 3, 1216, 0.5)[:, 1152:])
 
 
 @pytest.mark.parametrize("adapter", [0, 1], ids=["reasoning", "embedding"])
