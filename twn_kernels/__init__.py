@@ -14,6 +14,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "TWNConfig": "checkpoint",
     "TWNEmbedder": "pipeline",
+    "adapters_of": "patching",
     "inspect_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "patch": "patching",
@@ -28,7 +29,7 @@ __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from twn_kernels.checkpoint import Checkpoint, TWNConfig, inspect_checkpoint, load_checkpoint, save_checkpoint
-    from twn_kernels.patching import patch, route, status, unpatch
+    from twn_kernels.patching import adapters_of, patch, route, status, unpatch
     from twn_kernels.pipeline import TWNEmbedder
 
 
