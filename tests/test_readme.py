@@ -1,4 +1,4 @@
-"""The README's blocks do what it says: Python runs, commands run, targets exist, and no speed is claimed without a result."""
+"""The README's blocks run, its targets and extras exist, and no speed is claimed without a result file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [body for language, body in BLOCKS if language == "python"]
-COMMANDS = [line.split("  #")[0].strip() for language, body in BLOCKS if language == "bash" for line in body.splitlines()]
+SHELL = [line for language, body in BLOCKS if language == "bash" for line in body.splitlines()]
+COMMANDS = [line.split("  #")[0].strip() for line in SHELL]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,8 @@ def test_shell_blocks_run_or_name_real_targets(home):
         if first == "make":
             assert rest[0] in targets, command
         elif first == "twn-kernels":
-            done = subprocess.run(
-                [sys.executable, "-m", "twn_kernels", *rest], cwd=home, capture_output=True, text=True, env=_environment()
-            )
+            command_line = [sys.executable, "-m", "twn_kernels", *rest]
+            done = subprocess.run(command_line, cwd=home, capture_output=True, text=True, env=_environment())
             assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
             assert done.stdout.strip(), f"{command} printed nothing"
             ran += 1

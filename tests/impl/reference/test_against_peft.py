@@ -1,4 +1,4 @@
-"""The specification is PEFT's mathematics: its own Linear, single, mixed by row, disabled, rsLoRA, fp32 next to bf16."""
+"""The specification is PEFT's mathematics: single, mixed by row, disabled, rsLoRA, fp32 next to bf16."""
 
 from __future__ import annotations
 
