@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "benchmarking": {"testing", "pipeline", "patching", "modules", "ops", "impl", "checkpoint", "env"},
 }
 EVERYONES = {"errors", "settings"}
-HEAVY = {"PIL", "huggingface_hub", "matplotlib", "numpy", "peft", "sklearn", "torchvision", "tqdm", "transformers", "triton"}
+HEAVY = {"PIL", "huggingface_hub", "matplotlib", "numpy", "peft"}
+HEAVY |= {"sklearn", "torchvision", "tqdm", "transformers", "triton"}
 # Packages that are only reached when their kernels are asked for, and may import their library at the top.
 MAY_IMPORT_HEAVY = {"impl/triton"}
 TOP_LEVEL = {"csrc", "twn_kernels", "tests", "bench", ".ci", ".gitignore"}
