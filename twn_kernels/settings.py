@@ -19,7 +19,6 @@ MAX_RANK = 256
 # The only environment variables that the package reads (five at most; a test counts them).
 ENV_IMPL = "TWN_IMPL"
 ENV_BUILD_CUDA = "TWN_BUILD_CUDA"
-ENV_CACHE_DIR = "TWN_CACHE_DIR"
 
 
 def impl_override() -> str | None:
