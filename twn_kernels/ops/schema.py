@@ -46,54 +46,19 @@ def _plain_eager(args: tuple) -> bool:
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
-def _forward(
-    x,
-    weight,
-    bias,
-    A_r,
-    B_r,
-    A_e,
-    B_e,
-    scaling_r,
-    scaling_e,
-    routes,
-    present,
-    is_uniform,
-    dropout_r,
-    dropout_e,
-    seed,
-    impl,
-):
-    routes = _routes(impl, routes, is_uniform)
-    with _exact_dtypes(x):
-        return choice.load(impl).forward(
-            x, weight, bias, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present, dropout_r, dropout_e, seed
-        )
+def _runs(function: str):
+    """``forward`` or ``fanout`` of whichever implementation a call names."""
 
+    def run(
+        x, weight, bias, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present, is_uniform, p_r, p_e, seed, impl
+    ):  # fmt: skip
+        routes = _routes(impl, routes, is_uniform)
+        with _exact_dtypes(x):
+            return getattr(choice.load(impl), function)(
+                x, weight, bias, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present, p_r, p_e, seed
+            )
 
-def _fanout(
-    x,
-    weight,
-    bias,
-    A_r,
-    B_r,
-    A_e,
-    B_e,
-    scaling_r,
-    scaling_e,
-    routes,
-    present,
-    is_uniform,
-    dropout_r,
-    dropout_e,
-    seed,
-    impl,
-):
-    routes = _routes(impl, routes, is_uniform)
-    with _exact_dtypes(x):
-        return choice.load(impl).fanout(
-            x, weight, bias, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present, dropout_r, dropout_e, seed
-        )
+    return run
 
 
 def _backward(
@@ -119,7 +84,7 @@ def _routes(impl: str, routes: Tensor, is_uniform: bool) -> Tensor | None:
     return None if is_uniform and getattr(choice.load(impl), "UNIFORM", False) else routes
 
 
-_FORWARD = {"dual_lora_linear": _forward, "dual_lora_linear_fanout": _fanout}
+_FORWARD = {"dual_lora_linear": _runs("forward"), "dual_lora_linear_fanout": _runs("fanout")}
 
 
 def _shapes(x: Tensor, weight: Tensor, A_r: Tensor, A_e: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,8 +149,8 @@ def _fanout_gradients(ctx, dy_r, dy_e, _ds):
 
 def _register() -> None:
     table = {
-        "dual_lora_linear": (_forward, _fake_forward, _forward_gradients),
-        "dual_lora_linear_fanout": (_fanout, _fake_fanout, _fanout_gradients),
+        "dual_lora_linear": (_FORWARD["dual_lora_linear"], _fake_forward, _forward_gradients),
+        "dual_lora_linear_fanout": (_FORWARD["dual_lora_linear_fanout"], _fake_fanout, _fanout_gradients),
         "dual_lora_linear_backward": (_backward, _fake_backward, None),
     }
     for name, (kernel, fake, gradients) in table.items():
