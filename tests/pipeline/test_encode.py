@@ -10,7 +10,7 @@ import torch
 
 import twn_kernels
 from twn_kernels import TWNEmbedder
-from twn_kernels.errors import CheckpointError, InputError, OptionError, UnsupportedModel
+from twn_kernels.errors import CheckpointError, InputError, MissingDependency, OptionError, UnsupportedModel
 from twn_kernels.pipeline.options import EncodeDetails
 from twn_kernels.pipeline.sampling import chooser
 from twn_kernels.pipeline.thinking import StopRule, Thought
@@ -232,3 +232,59 @@ def test_progress_names_each_phase(llama, capsys):
     assert "think" in shown and "3/3" in shown
     llama.embedder.encode(TEXTS, think="never", show_progress_bar=False)
     assert capsys.readouterr().err == ""
+
+
+def test_an_old_transformers_is_named(llama, monkeypatch):
+    import importlib.metadata
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.51.3" if name == "transformers" else real(name))
+    with pytest.raises(MissingDependency, match=r"needs transformers>=5.17 \(found 4.51.3\)"):
+        TWNEmbedder.from_pretrained(llama.base, llama.twn)
+
+
+def test_wrong_keywords_devices_and_paths_of_from_pretrained(llama, tmp_path):
+    with pytest.raises(OptionError, match='from_pretrained has no option "devic".* Did you mean "device"'):
+        TWNEmbedder.from_pretrained(llama.base, llama.twn, devic="cpu")
+    with pytest.raises(OptionError, match="device must be one torch knows, .* got 'cdua'"):
+        TWNEmbedder.from_pretrained(llama.base, llama.twn, device="cdua")
+    with pytest.raises(CheckpointError, match="does not exist; give a HuggingFace model directory or a hub id"):
+        TWNEmbedder.from_pretrained(tmp_path / "nowhere", llama.twn)
+
+
+def test_another_checkpoint_for_a_patched_model_is_refused(llama, tmp_path):
+    from twn_kernels.errors import PatchError
+    from twn_kernels.pipeline import loading
+    from twn_kernels.testing.twn_directory import write_twn_directory
+
+    model = loading.base_model(llama.base, torch.float32, "cpu", {})
+    other = write_twn_directory(tmp_path / "other", model, seed=7, num_queries=3)
+    TWNEmbedder.from_pretrained(model, llama.twn)
+    with pytest.raises(PatchError, match="patched already, .*weights of the checkpoint are not those"):
+        TWNEmbedder.from_pretrained(model, other)
+
+
+def test_a_peft_model_keeps_its_adapters(llama):
+    from peft import PeftModel
+
+    from twn_kernels.pipeline import loading
+
+    model = loading.base_model(llama.base, torch.float32, "cpu", {})
+    model = PeftModel.from_pretrained(model, llama.twn / "reasoning", adapter_name="reasoning")
+    model.load_adapter(llama.twn / "embedding", adapter_name="embedding")
+    embedder = TWNEmbedder.from_pretrained(model, llama.twn, processor=llama.embedder.processor)
+    embedder.config = llama.embedder.config
+    assert np.array_equal(embedder.encode(TEXTS, think="always"), llama.embedder.encode(TEXTS, think="always"))
+
+
+def test_a_stop_that_is_a_special_token_is_seen(llama, monkeypatch):
+    tokenizer = llama.embedder.processor.tokenizer
+    eos = tokenizer.eos_token
+    config = dataclasses.replace(llama.embedder.config, think_end=(eos,), max_think_tokens=24)
+    monkeypatch.setattr(llama.embedder, "config", config)
+    _, details = llama.embedder.encode(
+        [*TEXTS, "Find the document.", "Describe the image."], think="always", return_details=True
+    )
+    closed = [d for d in details if d.thought]
+    assert closed and all(eos not in d.text for d in closed)
+    assert not any("ended before" in (d.fallback or "") for d in details)

@@ -198,10 +198,13 @@ def _already(model: nn.Module, request: dict[str, Any]) -> bool:
         return False
     if record.request == request:
         return True
+    keys = [key for key in sorted({*record.request, *request}) if record.request.get(key) != request.get(key)]
     differ = [
-        f"{key} is {_shown(record.request.get(key))} and now {_shown(request.get(key))}"
-        for key in sorted({*record.request, *request})
-        if record.request.get(key) != request.get(key)
+        # Both were read, so a difference lies in the weights, which no message can show.
+        "the weights of the checkpoint are not those that were patched in"
+        if key == "checkpoint" and record.request.get(key) and request.get(key)
+        else f"{key} is {_shown(record.request.get(key))} and now {_shown(request.get(key))}"
+        for key in keys
     ]
     raise PatchError(
         f"{type(model).__name__} is patched already, with other arguments: {'; '.join(differ)}. "

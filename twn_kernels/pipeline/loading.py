@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from twn_kernels.pipeline.backbone import Backbone
 
 __all__ = ["as_matrix", "base_model", "end_of_sequence", "gate_module", "patch_for", "processor_source", "routes_media"]
 
+_OLDEST_TRANSFORMERS = (5, 17)  # the oldest that the tests were run with
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -52,9 +55,20 @@ def _device(device: torch.device | str | None) -> torch.device | None:
         raise OptionError(f'device must be one torch knows, such as "cuda:0" or "cpu", got {device!r}.') from error
 
 
+def _require_transformers() -> None:
+    found = importlib.metadata.version("transformers")
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, _OLDEST_TRANSFORMERS))
+        raise MissingDependency(
+            f"the embedder needs transformers>={oldest} (found {found}). Run: pip install -U transformers"
+        )
+
+
 def _load(base: str, dtype: torch.dtype | str, hub: dict) -> nn.Module:
     if importlib.util.find_spec("transformers") is None:
         raise MissingDependency('loading a base model needs transformers. Run: pip install "twn_kernels[hf]"')
+    _require_transformers()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     looks_local = base.startswith((".", "/", "~")) or base.count("/") != 1
