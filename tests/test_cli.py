@@ -70,11 +70,25 @@ def test_a_typo_gets_the_nearest_name(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_closed_pipe_is_no_traceback():
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = f"'{sys.executable}' -m twn_kernels env | true"
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+def in_a_shell(command: str) -> subprocess.CompletedProcess:
+    """Run a shell command in which ``TWN`` is the program, its output buffered as it is for users."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    command = f"TWN() {{ '{sys.executable}' -m twn_kernels \"$@\"; }}; {command}"
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("command", "code"), [("env", "1"), ("--help", "0")])
+def test_a_closed_pipe_is_no_traceback(command, code):
+    done = in_a_shell(f"{{ sleep 0.1; TWN {command}; echo $? >&2; }} | true")
+    assert done.stderr == f"{code}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_exit_code_1():
+    done = in_a_shell("TWN env > /dev/full")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("twn-kernels env: OSError: ") and "No space left" in line
 
 
 def test_an_unforeseen_error_is_one_line_unless_the_traceback_is_asked_for(capsys, monkeypatch):

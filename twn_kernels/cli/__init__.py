@@ -31,7 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = _parse(argv)
+    try:
+        return _run(_parse(argv))
+    except BrokenPipeError:
+        return 1  # whoever read the output has gone; nobody is left to tell
+    finally:
+        _give_up_stdout()
+
+
+def _run(arguments: argparse.Namespace) -> int:
     warnings_before = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *where: (
         f"{_PROGRAM} {arguments.command}: warning: {' '.join(str(message).split())}\n"
@@ -39,14 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         else warnings_before(message, category, *where)
     )
     try:
-        return arguments.run(arguments) or 0
+        code = arguments.run(arguments) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk or a closed pipe must show here, not while Python exits
+        return code
     except KeyboardInterrupt:
         print(f"{_PROGRAM}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output has gone; without this, Python would complain once more while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        raise
     except Exception as error:
         if arguments.traceback:
             traceback.print_exc()
@@ -55,6 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         warnings.formatwarning = warnings_before
+
+
+def _give_up_stdout() -> None:
+    """Drop what stdout cannot take: Python would try again while it exits, complain, and change the exit code."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
