@@ -31,29 +31,35 @@ def test_text_files_are_lines_or_wholes(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_bytes("\ufefffirst\r\n\r\n  second\u2028still second \n".encode())
     lines = embed.read_inputs([str(path)])
-    assert [(source.value, source.line) for source in lines] == [("first", 1), ("  second\u2028still second ", 3)]
+    assert [(source.value, source.line) for source in lines] == [
+        ({"text": "first"}, 1),
+        ({"text": "  second\u2028still second "}, 3),
+    ]
     (whole,) = embed.read_inputs([str(path)], whole_files=True)
-    assert whole.value.startswith("first") and whole.line is None
+    assert whole.value["text"].startswith("first") and whole.line is None
 
 
 def test_jsonl_keeps_strings_and_takes_media_beside_the_file(tmp_path):
     path = tmp_path / "inputs.jsonl"
+    frames = {"video": [["a.png", "b.png"]]}
     messages = [{"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "a.png"}]}]
     rows = [
         "a text",
         {"text": "a.png", "image": "sub/a.png"},
         {"image": ["a.png", "https://host/b.png", "/abs/c.png"]},
         messages,
+        frames,
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     values = [source.value for source in embed.read_inputs([str(path)])]
-    assert values[0] == "a text"
+    assert values[0] == {"text": "a text"}
     assert values[1] == {"text": "a.png", "image": str(tmp_path / "sub/a.png")}
     assert values[2] == {"image": [str(tmp_path / "a.png"), "https://host/b.png", "/abs/c.png"]}
     assert values[3][0]["content"] == [
         {"type": "image", "image": str(tmp_path / "b.png")},
         {"type": "text", "text": "a.png"},
     ]
+    assert values[4] == {"video": [[str(tmp_path / "a.png"), str(tmp_path / "b.png")]]}
 
 
 def test_a_folder_gives_its_images_by_name_and_counts_the_rest(tmp_path, capsys):
@@ -73,6 +79,8 @@ def test_a_folder_gives_its_images_by_name_and_counts_the_rest(tmp_path, capsys)
         ("a.jsonl", b'" "\n', "line 1: the input is empty."),
         ("a.jsonl", b"{}\n", "line 1: the input is empty."),
         ("a.jsonl", b'["a", "b"]\n', "line 1: a list must hold chat messages"),
+        ("a.jsonl", b'"ok"\n' + b"[" * 100_000 + b"\n", "line 2: nested too deeply."),
+        ("a.jsonl", b'"ok"\n{"text": "a\\ud83d"}\n', "line 2: \\ud83d is half of a surrogate pair"),
         ("a.jsonl", b"\n\n", "holds no inputs; expected at least one."),
         ("a.txt", b"", "holds no inputs; expected at least one."),
         ("a.txt", b"ok\n\xff\xfe\n", "is not UTF-8 text (byte 3)."),
@@ -103,18 +111,21 @@ def embed_failure(capsys, tmp_path, *options: str, out: str = "out.npy") -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--threshold", "1.5"], "--threshold must be from 0 to 1 (a gate score), got 1.5."),
-        (["--threshold", "nan"], "--threshold must be from 0 to 1 (a gate score), got nan."),
-        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0."),
-        (["--max-think-tokens", "-1"], "--max-think-tokens must be 1 or more, got -1."),
-        (["--truncate-dim", "0"], "--truncate-dim must be 1 or more, got 0."),
+        (["--threshold", "1.5"], '--threshold: must be a number from 0 to 1, got "1.5".'),
+        (["--threshold", "nan"], '--threshold: must be a number from 0 to 1, got "nan".'),
+        (["--batch-size", "0"], '--batch-size: must be a whole number, 1 or more, got "0".'),
+        (["--max-think-tokens", "-1"], '--max-think-tokens: must be a whole number, 1 or more, got "-1".'),
+        (["--truncate-dim", "2.5"], '--truncate-dim: must be a whole number, 1 or more, got "2.5".'),
         (["--dtype", "bfloat"], 'got "bfloat". Did you mean "bfloat16"?'),
         (["--impl", "tritn"], 'got "tritn". Did you mean "triton"?'),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_options_out_of_range(capsys, tmp_path, options, message):
-    assert message in embed_failure(capsys, tmp_path, *options)
+def test_options_out_of_range_are_wrong_usage(capsys, tmp_path, options, message):
+    with pytest.raises(SystemExit) as caught:
+        embed_failure(capsys, tmp_path, *options)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs.txt"]
 
 
@@ -124,6 +135,11 @@ def test_outputs_that_cannot_be(capsys, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
     assert "exists. Name another file, or replace it with --overwrite." in embed_failure(capsys, tmp_path)
     assert (tmp_path / "out.jsonl").read_text() == "mine"
+    (tmp_path / "folder.npy").mkdir()
+    for more in ([], ["--overwrite"]):
+        assert 'folder.npy" is a directory. Name another file.' in embed_failure(
+            capsys, tmp_path, *more, out="folder.npy"
+        )
 
 
 def test_the_details_never_replace_an_input(tmp_path, capsys):
@@ -229,3 +245,38 @@ def test_a_media_file_that_is_missing_leaves_nothing_behind(capsys, corpus, tmp_
     last = capsys.readouterr().err.splitlines()[-1]
     assert f'InputError: "{rows}", line 2: ' in last and "nowhere.png" in last
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_line_that_names_an_image_or_an_address_is_text(capsys, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(corpus / "images")
+    words = ["a.png", "https://host/a.png"]
+    (tmp_path / "lines.txt").write_text("\n".join(words))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, words)))
+    (tmp_path / "objects.jsonl").write_text("\n".join(json.dumps({"text": word}) for word in words))
+    names = ("lines.txt", "rows.jsonl", "objects.jsonl")
+    inputs = [str(tmp_path / name) for name in names]
+    embed_report(capsys, corpus, inputs, tmp_path / "out.npy", "--think", "never", "--batch-size", "2")
+    vectors = np.load(tmp_path / "out.npy").reshape(3, 2, -1)
+    assert np.array_equal(vectors[0], vectors[2]) and np.array_equal(vectors[1], vectors[2])
+
+
+def test_vectors_that_are_not_finite_fail_and_write_nothing(capsys, corpus, tmp_path):
+    import shutil
+
+    import torch
+
+    broken = tmp_path / "twn"
+    shutil.copytree(corpus / "twn", broken)
+    queries = torch.load(broken / "queries.pt")
+    torch.save({name: torch.full_like(value, torch.nan) for name, value in queries.items()}, broken / "queries.pt")
+    places = ["--model", str(corpus / "base"), "--checkpoint", str(broken), "--out", str(tmp_path / "out.npy")]
+    line = failure(capsys, "embed", str(corpus / "lines.txt"), *places, "--quiet", "--think", "never")
+    assert f'2 of 2 vectors are not finite (the first: "{corpus / "lines.txt"}", line 1); nothing was written.' in line
+    assert [path.name for path in tmp_path.iterdir()] == ["twn"]
+
+
+def test_one_input_is_counted_as_one(capsys, corpus, tmp_path):
+    (tmp_path / "one.txt").write_text("a red square")
+    places = ["--model", str(corpus / "base"), "--checkpoint", str(corpus / "twn"), "--out", str(tmp_path / "out.npy")]
+    assert main(["embed", str(tmp_path / "one.txt"), *places, "--quiet", "--think", "never"]) == 0
+    assert capsys.readouterr().out.startswith("1 input, ")

@@ -15,7 +15,9 @@ import warnings
 from collections.abc import Sequence
 
 from twn_kernels import __version__
+from twn_kernels.cli.values import DTYPES, count, fraction, one_of
 from twn_kernels.errors import OptionError, TWNError, TWNWarning, did_you_mean
+from twn_kernels.settings import IMPLS
 
 __all__ = ["main"]
 
@@ -252,9 +254,9 @@ def _add_embed(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "embed",
         help="embed JSONL, text files or a folder of images",
-        description="Inputs: FILE.jsonl (a line is a JSON string, or an object such as "
-        '{"text": "...", "image": "cat.png"}; media paths are relative to the file), a text file (one input a line; '
-        "with --whole-files the file is one input), an image, or a folder (its images, by name).",
+        description="Inputs: FILE.jsonl (a line is a JSON string, which is text, or an object "
+        'such as {"text": "...", "image": "cat.png"}; media paths are relative to the file), a text file (one input a '
+        "line; with --whole-files the file is one input), an image, or a folder (its images, by name).",
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
     parser.add_argument("--model", required=True, help="base model: a directory or a Hub id")
@@ -264,14 +266,14 @@ def _add_embed(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     parser.add_argument("--whole-files", action="store_true", help="make each text file one input")
     parser.add_argument("--think", choices=("auto", "always", "never"), default="auto")
-    parser.add_argument("--threshold", type=float, help="think where the gate's score is at least this, 0 to 1")
-    parser.add_argument("--max-think-tokens", type=int, help="cap on a thought")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--threshold", type=fraction, help="think where the gate's score is at least this, 0 to 1")
+    parser.add_argument("--max-think-tokens", type=count, help="cap on a thought")
+    parser.add_argument("--batch-size", type=count, default=32)
     parser.add_argument("--prompt", help="instruction put before every input")
-    parser.add_argument("--truncate-dim", type=int, help="keep the first so many dimensions")
+    parser.add_argument("--truncate-dim", type=count, help="keep the first so many dimensions")
     parser.add_argument("--device", help='"cpu", "cuda", "cuda:1"; default: the first GPU, else the CPU')
-    parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, float16 or bfloat16")
-    parser.add_argument("--impl", default="auto", help="auto, blas, triton, cuda or reference")
+    parser.add_argument("--dtype", type=one_of(DTYPES), default="auto", help="auto (as saved), float32, float16, bfloat16")
+    parser.add_argument("--impl", type=one_of(IMPLS), default="auto", help="auto, blas, triton, cuda or reference")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_checkpoint_options(parser)
     parser.set_defaults(run=_embed)

@@ -18,14 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from twn_kernels.errors import InputError, OptionError, did_you_mean, quoted
-from twn_kernels.settings import IMPLS
+from twn_kernels.errors import InputError, OptionError, quoted
 
 __all__ = ["IMAGE_SUFFIXES", "Source", "read_inputs", "run", "write_outputs"]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _FORMATS = (".safetensors", ".npy")
-_DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Keys of an object whose strings are paths, taken relative to the file that names them.
 _MEDIA = ("image", "images", "page", "pages", "path", "video", "videos")
 
@@ -33,7 +31,7 @@ _MEDIA = ("image", "images", "page", "pages", "path", "video", "videos")
 class Source(NamedTuple):
     """One input and where it came from, for the details."""
 
-    value: str | dict | list
+    value: dict | list
     name: str
     line: int | None = None
 
@@ -49,12 +47,12 @@ def run(arguments: argparse.Namespace, device, checkpoint_options: dict, print_j
 
     Raises:
         InputError: an input file is missing, malformed or empty.
-        OptionError: an option is out of range or an output file exists.
+        OptionError: an output file exists or cannot be.
     """
     out, details_path = _outputs(arguments)
-    _check_options(arguments)
     sources = read_inputs(arguments.inputs, whole_files=arguments.whole_files)
     vectors, details = _encode(_embedder(arguments, device, checkpoint_options), sources, arguments)
+    _require_finite(vectors, sources)
     rows = _rows(sources, details)
     write_outputs(out, details_path, vectors, rows)
     thought = sum(row["thought"] for row in rows)
@@ -68,7 +66,8 @@ def run(arguments: argparse.Namespace, device, checkpoint_options: dict, print_j
     if arguments.json:
         print_json(report)
     else:
-        print(f"{len(sources)} inputs, {vectors.shape[1]} dimensions, {thought} thought: {out} and {details_path}")
+        counted = "1 input" if len(sources) == 1 else f"{len(sources)} inputs"
+        print(f"{counted}, {vectors.shape[1]} dimensions, {thought} thought: {out} and {details_path}")
 
 
 def _outputs(arguments: argparse.Namespace) -> tuple[Path, Path]:
@@ -79,26 +78,13 @@ def _outputs(arguments: argparse.Namespace) -> tuple[Path, Path]:
         raise OptionError(f'--out: the directory "{out.parent}" does not exist. Create it first.')
     details = out.with_suffix(".jsonl")
     for path in (out, details):
+        if path.is_dir():
+            raise OptionError(f'--out: "{path}" is a directory. Name another file.')
         if path.exists() and not arguments.overwrite:
             raise OptionError(f'--out: "{path}" exists. Name another file, or replace it with --overwrite.')
     if details.resolve() in [Path(name).expanduser().resolve() for name in arguments.inputs]:
         raise OptionError(f'--out: the details would replace the input "{details}". Name another file.')
     return out, details
-
-
-def _check_options(arguments: argparse.Namespace) -> None:
-    if arguments.dtype not in _DTYPES:
-        near = did_you_mean(arguments.dtype, _DTYPES)
-        raise OptionError(f'--dtype must be one of {quoted(_DTYPES)}, got "{arguments.dtype}".{near}')
-    if arguments.impl not in IMPLS:
-        near = did_you_mean(arguments.impl, IMPLS)
-        raise OptionError(f'--impl must be one of {quoted(IMPLS)}, got "{arguments.impl}".{near}')
-    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
-        raise OptionError(f"--threshold must be from 0 to 1 (a gate score), got {arguments.threshold}.")
-    for name in ("batch_size", "max_think_tokens", "truncate_dim"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise OptionError(f"--{name.replace('_', '-')} must be 1 or more, got {value}.")
 
 
 def _embedder(arguments: argparse.Namespace, device, checkpoint_options: dict):
@@ -138,9 +124,22 @@ def _encode(embedder, sources: list[Source], arguments: argparse.Namespace) -> t
         found = re.match(r"input (\d+): ", str(error))
         if found is None:
             raise
-        source = sources[int(found[1])]
-        where = f'"{source.name}"' + (f", line {source.line}" if source.line is not None else "")
-        raise InputError(f"{where}: {str(error)[found.end() :]}") from error
+        raise InputError(f"{_place(sources[int(found[1])])}: {str(error)[found.end() :]}") from error
+
+
+def _require_finite(vectors, sources: list[Source]) -> None:
+    import numpy as np
+
+    bad = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(bad):
+        raise InputError(
+            f"{len(bad)} of {len(vectors)} vectors are not finite (the first: {_place(sources[bad[0]])}); nothing was "
+            "written. Look for NaN in the model and the checkpoint, or try --dtype float32."
+        )
+
+
+def _place(source: Source) -> str:
+    return f'"{source.name}"' + (f", line {source.line}" if source.line is not None else "")
 
 
 def read_inputs(paths: list[str], *, whole_files: bool = False) -> list[Source]:
@@ -198,10 +197,10 @@ def _read(path: Path) -> str:
 def _from_text(path: Path, whole_file: bool) -> list[Source]:
     text = _read(path)
     if whole_file:
-        return [Source(text, str(path))] if text.strip() else []
+        return [Source({"text": text}, str(path))] if text.strip() else []
     # Only real newlines end an input: str.splitlines would also split at separators inside a sentence.
     lines = text.replace("\r\n", "\n").split("\n")
-    return [Source(line, str(path), number) for number, line in enumerate(lines, 1) if line.strip()]
+    return [Source({"text": line}, str(path), number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _from_jsonl(path: Path) -> list[Source]:
@@ -210,12 +209,23 @@ def _from_jsonl(path: Path) -> list[Source]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f'"{path}", line {number}: not JSON: {error.msg} at column {error.colno}.') from None
-        _check_value(value, path, number)
-        sources.append(Source(_resolved(value, path.parent), str(path), number))
+            value = _resolved(_parsed(line, path, number), path.parent)
+        except RecursionError:
+            raise InputError(f'"{path}", line {number}: nested too deeply.') from None
+        sources.append(Source(value, str(path), number))
     return sources
+
+
+def _parsed(line: str, path: Path, number: int):
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f'"{path}", line {number}: not JSON: {error.msg} at column {error.colno}.') from None
+    if surrogate := re.search(r"[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+        code = f"\\u{ord(surrogate[0]):04x}"
+        raise InputError(f'"{path}", line {number}: {code} is half of a surrogate pair, which is no character.')
+    _check_value(value, path, number)
+    return value
 
 
 def _check_value(value, path: Path, number: int) -> None:
@@ -229,24 +239,26 @@ def _check_value(value, path: Path, number: int) -> None:
 
 
 def _resolved(value, folder: Path):
-    """The same input with its relative media paths taken from the folder of the file that names them."""
+    """The same input: a string is text, and relative media paths start at the folder of the file that names them."""
+    if isinstance(value, str):
+        return {"text": value}  # also where it names a file or an address: which lines do would be chance
+    return _located(value, folder)
+
+
+def _located(value, folder: Path):
     if isinstance(value, list):
-        return [_resolved(entry, folder) for entry in value]
+        return [_located(entry, folder) for entry in value]
     if not isinstance(value, dict):
         return value
-    out = {}
-    for key, entry in value.items():
-        if key in _MEDIA and isinstance(entry, str):
-            out[key] = _local(entry, folder)
-        elif key in _MEDIA and isinstance(entry, list):
-            out[key] = [_local(item, folder) if isinstance(item, str) else item for item in entry]
-        else:
-            out[key] = _resolved(entry, folder)
-    return out
+    return {key: _local(entry, folder) if key in _MEDIA else _located(entry, folder) for key, entry in value.items()}
 
 
-def _local(name: str, folder: Path) -> str:
-    return name if "://" in name or name.startswith(("data:", "~")) else str(folder / name)
+def _local(value, folder: Path):
+    if isinstance(value, list):
+        return [_local(entry, folder) for entry in value]
+    if not isinstance(value, str) or "://" in value or value.startswith(("data:", "~")):
+        return value
+    return str(folder / value)
 
 
 def _rows(sources: list[Source], details: list) -> list[dict]:
