@@ -142,8 +142,10 @@ def test_doctor_passes_and_fails_by_its_exit_code(capsys, monkeypatch):
 
 
 def test_doctor_names_a_device_that_is_not_there(capsys):
-    assert '--device must be like "cpu", "cuda" or "cuda:1", got "gpu".' in failure(capsys, "doctor", "--device", "gpu")
-    assert "torch sees" in failure(capsys, "doctor", "--device", "cuda:99")
+    assert 'device must be one torch knows, such as "cuda:0" or "cpu", got \'gpu\'.' in failure(
+        capsys, "doctor", "--device", "gpu"
+    )
+    assert 'OptionError: device "cuda:99" is not there: torch sees' in failure(capsys, "doctor", "--device", "cuda:99")
 
 
 def test_inspect(capsys, checkpoint):

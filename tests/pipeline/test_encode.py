@@ -250,6 +250,29 @@ def test_wrong_keywords_devices_and_paths_of_from_pretrained(llama, tmp_path):
         TWNEmbedder.from_pretrained(llama.base, llama.twn, device="cdua")
     with pytest.raises(CheckpointError, match="does not exist; give a HuggingFace model directory or a hub id"):
         TWNEmbedder.from_pretrained(tmp_path / "nowhere", llama.twn)
+    with pytest.raises(CheckpointError, match=f"config.json is a file; give the directory that holds it: {llama.base}"):
+        TWNEmbedder.from_pretrained(llama.base / "config.json", llama.twn)
+    with pytest.raises(OptionError, match="base is empty; give a HuggingFace model directory"):
+        TWNEmbedder.from_pretrained("", llama.twn)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps", torch.device("cuda", 99)], ids=str)
+def test_a_device_that_is_not_here_is_one_option_error(llama, device):
+    from twn_kernels.pipeline import loading
+
+    if str(device) == "mps" and torch.backends.mps.is_available():
+        pytest.skip("there is an MPS device here")
+    with pytest.raises(OptionError, match=f'device "{device}" is not there: torch .* here.* Use device='):
+        TWNEmbedder.from_pretrained(llama.base, llama.twn, device=device)
+    model = loading.base_model(llama.base, torch.float32, "cpu", {})
+    with pytest.raises(OptionError, match="is not there"):
+        loading.base_model(model, None, device, {})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_a_cpu_build_asked_for_cuda_says_so(llama):
+    with pytest.raises(OptionError, match='device "cuda" is not there: torch sees 0 GPUs here'):
+        TWNEmbedder.from_pretrained(llama.base, llama.twn, device="cuda")
 
 
 def test_another_checkpoint_for_a_patched_model_is_refused(llama, tmp_path):

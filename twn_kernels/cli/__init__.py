@@ -161,17 +161,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _device(name: str | None):
-    import torch
+    from twn_kernels.pipeline.loading import checked_device
 
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f'--device must be like "cpu", "cuda" or "cuda:1", got "{name}".') from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f'--device "{name}": torch sees {torch.cuda.device_count()} GPUs here. See: {_PROGRAM} env')
-    return device
+    return checked_device(name)
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -272,7 +264,7 @@ def _add_embed(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--prompt", help="instruction put before every input")
     parser.add_argument("--truncate-dim", type=count, help="keep the first so many dimensions")
     parser.add_argument("--device", help='"cpu", "cuda", "cuda:1"; default: the first GPU, else the CPU')
-    parser.add_argument("--dtype", type=one_of(DTYPES), default="auto", help="auto (as saved), float32, float16, bfloat16")
+    parser.add_argument("--dtype", type=one_of(DTYPES), default="auto", help="auto, float32, float16 or bfloat16")
     parser.add_argument("--impl", type=one_of(IMPLS), default="auto", help="auto, blas, triton, cuda or reference")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_checkpoint_options(parser)

@@ -19,7 +19,16 @@ from twn_kernels.modules import GateMLP
 from twn_kernels.patching.record import require_record
 from twn_kernels.pipeline.backbone import Backbone
 
-__all__ = ["as_matrix", "base_model", "end_of_sequence", "gate_module", "patch_for", "processor_source", "routes_media"]
+__all__ = [
+    "as_matrix",
+    "base_model",
+    "checked_device",
+    "end_of_sequence",
+    "gate_module",
+    "patch_for",
+    "processor_source",
+    "routes_media",
+]
 
 _OLDEST_TRANSFORMERS = (5, 17)  # the oldest that the tests were run with
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,21 +47,40 @@ def base_model(
     if isinstance(base, nn.Module):
         if dtype is not None:
             raise OptionError("dtype is for a model that is loaded here; convert a loaded one with model.to(dtype).")
-        return base if device is None else base.to(_device(device))
+        return base if device is None else base.to(checked_device(device))
     if not isinstance(base, str | PathLike):
         raise OptionError(f"base must be a directory, a hub id or a loaded model, got {type(base).__name__}.")
-    device = _device(device)
+    device = checked_device(device)
     if isinstance(dtype, str) and dtype not in _DTYPES and dtype != "auto":
         raise OptionError(f"dtype must be a torch.dtype, {', '.join(_DTYPES)} or auto, got {dtype!r}.")
     model = _load(str(base), _DTYPES.get(dtype, dtype or "auto"), hub)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _device(device: torch.device | str | None) -> torch.device | None:
+def checked_device(device: torch.device | str | None) -> torch.device | None:
+    """The device as torch's own object; None stays None.
+
+    Raises:
+        OptionError: torch knows no such device, or this machine or this build of torch has none.
+    """
     try:
-        return None if device is None else torch.device(device)
+        found = None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise OptionError(f'device must be one torch knows, such as "cuda:0" or "cpu", got {device!r}.') from error
+    if found is not None and found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        here = f"torch sees {count} GPU{'' if count == 1 else 's'} here" + (f', up to "cuda:{count - 1}"' * (count > 0))
+        built = "" if torch.version.cuda or torch.version.hip else f" (torch {torch.__version__} is a CPU build)"
+        raise OptionError(f'device "{found}" is not there: {here}{built}. {_other_device()} See: twn-kernels env')
+    if found is not None and found.type == "mps" and not torch.backends.mps.is_available():
+        raise OptionError(f'device "{found}" is not there: torch has no MPS device here. {_other_device()}')
+    return found
+
+
+def _other_device() -> str:
+    if torch.cuda.device_count():
+        return 'Use device="cuda" or device="cpu".'
+    return 'Use device="cpu", or install a build of torch for the device.'
 
 
 def _require_transformers() -> None:
@@ -71,6 +99,10 @@ def _load(base: str, dtype: torch.dtype | str, hub: dict) -> nn.Module:
     _require_transformers()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if not base.strip():
+        raise OptionError("base is empty; give a HuggingFace model directory or a hub id owner/name.")
+    if Path(base).is_file():
+        raise CheckpointError(f"base {base} is a file; give the directory that holds it: {Path(base).parent}")
     looks_local = base.startswith((".", "/", "~")) or base.count("/") != 1
     if looks_local and not Path(base).exists():
         raise CheckpointError(f"base {base} does not exist; give a HuggingFace model directory or a hub id owner/name.")
