@@ -111,6 +111,15 @@ def test_a_gpu_that_torch_does_not_see_is_red(monkeypatch):
     assert check.fix.startswith("install a CUDA build of torch")
 
 
+def test_an_override_that_names_nothing_is_red(monkeypatch):
+    monkeypatch.setenv("TWN_IMPL", "bals")
+    check = by_name(doctor._installation(torch.device("cpu")))["TWN_IMPL=bals"]
+    assert check.status == doctor.FAIL and "there is no such implementation" in check.detail
+    assert check.fix == 'unset TWN_IMPL, or set it to one of these. Did you mean "blas"?'
+    monkeypatch.setenv("TWN_IMPL", "blas")
+    assert by_name(doctor._installation(torch.device("cpu")))["TWN_IMPL=blas"].status == doctor.OK
+
+
 @pytest.mark.parametrize(("built", "status"), [(False, doctor.NOT_AVAILABLE), (True, doctor.FAIL)])
 def test_the_extension_absent_or_unloadable(monkeypatch, tmp_path, built, status):
     monkeypatch.setattr(loader, "_PACKAGE", tmp_path)

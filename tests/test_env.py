@@ -78,6 +78,16 @@ def test_our_variables_are_listed_and_a_misspelt_one_is_pointed_out(monkeypatch)
     assert variables[misspelt] == "triton (not read: no such variable)"
 
 
+def test_the_override_shows_in_what_auto_takes(monkeypatch):
+    monkeypatch.setenv("TWN_IMPL", "reference")
+    assert env.collect()["implementations"]["auto"].startswith("reference (")
+    monkeypatch.setenv("TWN_IMPL", "foo")
+    report = env.collect()
+    assert report["implementations"]["auto"].startswith("fails: ") and "foo" in report["implementations"]["auto"]
+    assert report["implementations"]["blas"] == "available"
+    assert report["variables"]["TWN_IMPL"] == "foo (no known name; there are auto, blas, cuda, reference, triton)"
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_mapped_cuda_libraries_are_found(monkeypatch):
     maps = (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from twn_kernels import env
-from twn_kernels.errors import ImplUnavailable, MissingDependency
+from twn_kernels.errors import ImplUnavailable, MissingDependency, did_you_mean, quoted
 from twn_kernels.impl.cuda import loader
 from twn_kernels.ops import (
     LoRA,
@@ -24,7 +24,7 @@ from twn_kernels.ops import (
     gate_scores,
     pool_queries,
 )
-from twn_kernels.settings import IMPLS
+from twn_kernels.settings import ENV_IMPL, IMPLS, impl_override
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 
 __all__ = ["Check", "examine", "render"]
@@ -106,6 +106,19 @@ def _installation(device: torch.device) -> Iterator[Check]:
     else:
         yield Check("GPU", NOT_AVAILABLE, "the driver lists none; the GPU checks did not run")
     yield _extension(device)
+    yield from _override()
+
+
+def _override() -> Iterator[Check]:
+    name = impl_override()
+    if name is None:
+        return
+    title = f"{ENV_IMPL}={name}"
+    if name in IMPLS:
+        yield Check(title, OK, "every call that leaves the choice open asks for it")
+        return
+    detail = f"there is no such implementation; every call that leaves the choice open fails. There are {quoted(IMPLS)}"
+    yield Check(title, FAIL, detail, f"unset {ENV_IMPL}, or set it to one of these.{did_you_mean(name, IMPLS)}")
 
 
 def _extension(device: torch.device) -> Check:

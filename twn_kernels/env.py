@@ -154,8 +154,18 @@ def _implementations() -> dict:
         if impl != "auto":
             reason = choice.unavailable_reason(impl, device)
             table[impl] = "available" if reason is None else "not available: " + " ".join(reason.split())
-    auto = choice.explain(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return {**table, "auto": f"{auto.impl} ({auto.reason})"}
+    return {**table, "auto": _auto(device, torch.bfloat16 if device.type == "cuda" else torch.float32)}
+
+
+def _auto(device, dtype) -> str:
+    from twn_kernels.errors import ImplUnavailable, OptionError
+    from twn_kernels.ops import choice
+
+    try:
+        taken = choice.chosen("auto", device, dtype)
+    except (OptionError, ImplUnavailable) as error:
+        return "fails: " + " ".join(str(error).split())
+    return f"{taken.impl} ({taken.reason})"
 
 
 def _variables() -> dict[str, str]:
@@ -164,6 +174,9 @@ def _variables() -> dict[str, str]:
     known = {value for name, value in vars(settings).items() if name.startswith("ENV_")}
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith("TWN_")}
     ours = {name: value if name in known else f"{value} (not read: no such variable)" for name, value in found.items()}
+    override = settings.impl_override()
+    if override is not None and override not in settings.IMPLS:
+        ours[settings.ENV_IMPL] += f" (no known name; there are {', '.join(settings.IMPLS)})"
     return {**ours, **{name: os.environ[name] for name in RELATED_VARIABLES if name in os.environ}}
 
 
