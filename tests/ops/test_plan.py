@@ -63,7 +63,11 @@ def test_from_routes_keeps_its_own_copy_and_refreshes_in_place():
         (lambda: RoutePlan.from_routes(torch.tensor([4], dtype=torch.int8)), OptionError, "lie in 0 … 3 .* got 4"),
         (lambda: RoutePlan.from_routes(torch.tensor([-1], dtype=torch.int8)), OptionError, "lie in 0 … 3 .* got -1"),
         (lambda: RoutePlan.from_segments([1, 2], ["both"]), ShapeError, "got 2 lengths and 1 adapters"),
-        (lambda: RoutePlan.from_segments([-1], [None]), ShapeError, r"lengths\[0\] must be 0 or more tokens, got -1"),
+        (
+            lambda: RoutePlan.from_segments([-1], [None]),
+            ShapeError,
+            r"lengths\[0\] must be a whole number of 0 or more tokens, got -1",
+        ),
         (lambda: RoutePlan.from_rows([None], -2), ShapeError, "tokens_per_row must be 0 or more, got -2"),
         (
             lambda: RoutePlan.uniform("embeding", 3),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from cases import Case, tensors
@@ -34,6 +36,8 @@ def test_opcheck(impl, form, device):
 @pytest.mark.parametrize("form", OPS)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradcheck_in_fp64(impl, form, dropout, device):
+    if impl == "triton" and device.type == "cuda":
+        pytest.skip("Triton kernels take fp64 in the interpreter alone, for this check")
     # The registered op takes fp64 for this check alone; the public function sends fp64 to the reference.
     arguments = _flat(impl, torch.float64, device, dropout=dropout)
     op = getattr(torch.ops.twn, NAMES[form])
@@ -110,6 +114,8 @@ def test_no_device_data_is_read_on_the_host(impl, dropout, uniform, monkeypatch)
 
     module = choice.load(impl)
     if impl == "triton":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("on a GPU, no_sync in tests/ops/test_on_gpu.py shows the same on real launches")
         _cut_launches(monkeypatch)
     with FakeTensorMode():
         arguments = _flat(impl, torch.bfloat16, "cpu", dropout=dropout, grad=False)

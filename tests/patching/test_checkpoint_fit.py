@@ -117,7 +117,7 @@ def test_every_way_of_naming_a_checkpoint(directories):
     other = load_checkpoint(directory)
     other.adapters["reasoning"].layers["model.layers.0.mlp.up_proj"].A[0, 0] += 1
     with pytest.raises(
-        PatchError, match="patched already, with other arguments: checkpoint is one of 28 layers and now"
+        PatchError, match="patched already, with other arguments: the weights of the checkpoint are not those"
     ):
         patch(model, other)
     with pytest.raises(PatchError, match="source is 'checkpoint' and now 'fresh adapters'"):

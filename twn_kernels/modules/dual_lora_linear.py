@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from twn_kernels.errors import OptionError, PatchError, did_you_mean, quoted
 from twn_kernels.modules.routing import RouteState, UniformSpec
 from twn_kernels.ops import LoRA, RoutePlan, dual_lora_linear
+from twn_kernels.ops.autocast import autocast_is_on
 from twn_kernels.settings import ADAPTERS, EMBEDDING, MAX_RANK, REASONING, ROUTE_BITS
 
 __all__ = ["DualLoRALinear", "LayerAdapter", "fused_linear"]
@@ -208,7 +209,7 @@ def fused_linear(
     embedding = embedding if present & ROUTE_BITS[EMBEDDING] else None
     if reasoning is None and embedding is None:
         return F.linear(x, weight, bias)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast_is_on(x.device):
         reasoning, embedding = _fitting(x.dtype, reasoning, embedding)
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         x = x.contiguous()

@@ -7,6 +7,8 @@ and tokens a layer sees is read from its input; nothing is read from the device.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -83,7 +85,7 @@ class UniformSpec(RouteSpec):
         self.bits = bits
 
     def _build(self, lead, device, layer, state) -> RoutePlan:
-        routes = torch.full((lead.numel(),), self.bits, dtype=torch.int8, device=device)
+        routes = torch.full((math.prod(lead),), self.bits, dtype=torch.int8, device=device)
         return RoutePlan(routes, self.bits, True)
 
     def describe(self) -> str:
@@ -101,7 +103,7 @@ class _PerRowSpec(RouteSpec):
                 f"experts), so {self.describe()} cannot say which adapter they use. Use one route for all rows, "
                 "or keep the adapters off this layer."
             )
-        rows, tokens = self._rows_of_flat(lead, layer, state) if len(lead) == 1 else (lead[0], lead[1:].numel())
+        rows, tokens = self._rows_of_flat(lead, layer, state) if len(lead) == 1 else (lead[0], math.prod(lead[1:]))
         if rows == self.rows:
             return rows, tokens, 1
         if state.expand > 1 and rows == self.rows * state.expand:
@@ -157,13 +159,15 @@ class RowSpec(_PerRowSpec):
 
     def _build(self, lead, device, layer, state) -> RoutePlan:
         if self.is_uniform and not getattr(layer, "follows_rows", True):
-            routes = self.routes[:1].to(device).expand(lead.numel()).contiguous()
+            routes = self.routes[:1].to(device).expand(math.prod(lead)).contiguous()
             return RoutePlan(routes, self.present, True)
         rows, tokens, copies = self._grid(lead, layer, state)
         routes = self.routes.to(device)
         if copies > 1:
             routes = routes.repeat_interleave(copies)
-        return RoutePlan(routes.unsqueeze(1).expand(rows, tokens).reshape(-1), self.present, self.is_uniform)
+        # One row stays a view of stride 0 under reshape, and kernels read routes one byte after another.
+        routes = routes.unsqueeze(1).expand(rows, tokens).reshape(-1).contiguous()
+        return RoutePlan(routes, self.present, self.is_uniform)
 
     def describe(self) -> str:
         return f"one route for each of {self.rows} rows"
@@ -197,7 +201,7 @@ class TokenSpec(_PerRowSpec):
         routes = routes.to(device)
         if copies > 1:
             routes = routes.repeat_interleave(copies, dim=0)
-        return RoutePlan(routes.reshape(-1), self.present, False)
+        return RoutePlan(routes.reshape(-1).contiguous(), self.present, False)
 
     def describe(self) -> str:
         return f"a route for each token of [{self.rows}, {self.routes.shape[1]}]"
@@ -211,7 +215,7 @@ class PlanSpec(RouteSpec):
         self.plan = plan
 
     def plan_for(self, x, layer, state) -> RoutePlan | None:
-        tokens = x.shape[:-1].numel()
+        tokens = math.prod(x.shape[:-1])
         if tokens != self.plan.tokens:
             raise ShapeError(
                 f"the RoutePlan covers {self.plan.tokens} tokens, but {_name(layer)} got {tokens} "
@@ -240,21 +244,37 @@ class RouteState:
         self.batch_shape: tuple[int, int] | None = None
         self.replaying = False
         self._last: RouteSpec | None = None
+        self._scopes: list[list] = []
+        self._thread: int | None = None
 
     @property
     def current(self) -> RouteSpec | None:
         """The spec that a forward would follow now."""
         return self.default if self.spec is None else self.spec
 
-    def enter(self, spec: RouteSpec) -> tuple:
+    def enter(self, spec: RouteSpec) -> list:
         """Put ``spec`` in force; returns what :meth:`leave` needs."""
-        before = (self.spec, self.expand)
+        here = threading.get_ident()
+        if self._scopes and self._thread != here:
+            raise PatchError(
+                "route(...) was entered in a second thread while another thread's scope is open; a model has one route "
+                "at a time. Run them one after the other, or give each thread a model of its own (copy.deepcopy)."
+            )
+        scope = [self.spec, self.expand]
+        self._thread = here
+        self._scopes.append(scope)
         self.spec, self.expand = spec, 1
-        return before
+        return scope
 
-    def leave(self, before: tuple) -> None:
-        """Undo the :meth:`enter` that returned ``before``."""
-        self.spec, self.expand = before
+    def leave(self, scope: list) -> None:
+        """Undo the :meth:`enter` that returned ``scope``, also where scopes end in another order than they began."""
+        place = next(place for place, open_scope in enumerate(self._scopes) if open_scope is scope)
+        self._scopes.pop(place)
+        if place == len(self._scopes):
+            self.spec, self.expand = scope
+        else:
+            # Left out of order: the scope entered next now returns to what this one would have returned to.
+            self._scopes[place][:] = scope
 
     def plan_for(self, x: Tensor, layer: torch.nn.Module, spec: RouteSpec | None = None) -> RoutePlan | None:
         """The plan of ``spec`` (None: the one in force) for the tokens of ``x``; None where all run the base alone."""

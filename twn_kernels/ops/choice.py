@@ -40,11 +40,11 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
         _check_name(override, ENV_IMPL)
         impl, source = override, f"{ENV_IMPL}="
     # A traced call is checked when it runs: what a device can do is no part of a graph.
-    reason = None if torch.compiler.is_compiling() else unavailable_reason(impl, device, dtype)
+    traced = torch.compiler.is_compiling() and dtype != torch.float64
+    reason = None if traced else unavailable_reason(impl, device, dtype)
     if reason is not None:
-        raise ImplUnavailable(
-            f'{source}"{impl}" was asked for, but {reason} Or use impl="auto" (now: {_auto(device, dtype)}).'
-        )
+        other = 'use impl="auto"' if source == "impl=" else f"unset {ENV_IMPL}"
+        raise ImplUnavailable(f'{source}"{impl}" was asked for, but {reason} Or {other} (now: {_auto(device, dtype)}).')
     return impl
 
 
@@ -74,7 +74,7 @@ def unavailable_reason(impl: str, device: torch.device | str, dtype: torch.dtype
     if impl == "reference":
         return None
     if dtype == torch.float64:
-        return f'{impl} takes float32, float16 and bfloat16, not float64. Use impl="reference" for a float64 check.'
+        return f"{impl} takes float32, float16 and bfloat16, not float64, which the reference takes."
     if impl == "triton":
         return _triton_reason(device)
     if impl == "cuda":

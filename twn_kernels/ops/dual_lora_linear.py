@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from twn_kernels.ops import schema
+from twn_kernels.ops.autocast import autocast_is_on
 from twn_kernels.ops.choice import resolve
 from twn_kernels.ops.lora import LoRA
 from twn_kernels.ops.plan import RoutePlan
-from twn_kernels.ops.validation import check_call
+from twn_kernels.ops.validation import check_call, check_kinds
 
 
 def dual_lora_linear(
@@ -64,6 +67,7 @@ def dual_lora_linear(
         >>> dual_lora_linear(x, weight, None, reasoning, embedding, plan).shape
         torch.Size([5, 8])
     """
+    check_kinds(x, weight, bias, reasoning, embedding, plan, dropout)
     x, *rest = autocast_like_linear(x, weight, bias, reasoning, embedding)
     check_call(x, *rest, plan, dropout)
     y, _ = schema.call("dual_lora_linear", *flat_arguments(x, *rest, plan, dropout, impl))
@@ -82,7 +86,9 @@ def flat_arguments(x, weight, bias, reasoning, embedding, plan, dropout, impl) -
     if dropout_r or dropout_e:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     return (
-        x.reshape(-1, x.shape[-1]), weight, bias, A_r, B_r, A_e, B_e, float(scaling_r), float(scaling_e),
+        # reshape(-1, ...) has no answer for zero features, and numel() would fix the token count in an export.
+        x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight, None if bias is None else bias.contiguous(),
+        A_r, B_r, A_e, B_e, float(scaling_r), float(scaling_e),
         plan.routes, present, plan.is_uniform, dropout_r, dropout_e, seed,
         resolve(impl, x.device, x.dtype),
     )  # fmt: skip
@@ -90,10 +96,9 @@ def flat_arguments(x, weight, bias, reasoning, embedding, plan, dropout, impl) -
 
 def autocast_like_linear(x, weight, bias, reasoning, embedding) -> tuple:
     """Under autocast, every operand in the autocast dtype, as ``nn.Linear`` and PEFT cast them; else unchanged."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not x.is_floating_point() or not autocast_is_on(x.device):
         return x, weight, bias, reasoning, embedding
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(x.device.type)
     cast = [
         None if lora is None else LoRA(lora.A.to(dtype), lora.B.to(dtype), lora.scaling)
         for lora in (reasoning, embedding)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from twn_kernels.ops import schema
 from twn_kernels.ops.dual_lora_linear import autocast_like_linear, flat_arguments
 from twn_kernels.ops.lora import LoRA
 from twn_kernels.ops.plan import RoutePlan
-from twn_kernels.ops.validation import check_call
+from twn_kernels.ops.validation import check_call, check_kinds
 
 
 def dual_lora_linear_fanout(
@@ -43,8 +45,9 @@ def dual_lora_linear_fanout(
 
     Numerics, differentiability, graph safety: as in :func:`dual_lora_linear`.
     """
+    check_kinds(x, weight, bias, reasoning, embedding, plan, dropout)
     if plan is None:
-        plan = RoutePlan.uniform("both", x.shape[:-1].numel(), device=x.device)
+        plan = RoutePlan.uniform("both", math.prod(x.shape[:-1]), device=x.device)
     x, *rest = autocast_like_linear(x, weight, bias, reasoning, embedding)
     check_call(x, *rest, plan, dropout)
     y_r, y_e, _ = schema.call("dual_lora_linear_fanout", *flat_arguments(x, *rest, plan, dropout, impl))

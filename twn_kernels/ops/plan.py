@@ -7,6 +7,7 @@ every token has the same route) travels beside the tensor and lets an implementa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,7 +47,8 @@ class RoutePlan(NamedTuple):
             DtypeError, ShapeError, OptionError: not int8, not one-dimensional, or (on a CPU) a value out of range.
         """
         _check_routes(routes)
-        return cls(routes.contiguous().clone(), BOTH, False)
+        with _for_every_mode():
+            return cls(routes.contiguous().clone(), BOTH, False)
 
     @classmethod
     def from_segments(
@@ -70,13 +72,14 @@ class RoutePlan(NamedTuple):
             )
         bits = [route_bits(adapter) for adapter in adapters]
         for index, length in enumerate(lengths):
-            if length < 0:
-                raise ShapeError(f"lengths[{index}] must be 0 or more tokens, got {length}.")
-        routes = torch.empty(sum(lengths), dtype=torch.int8, device=device)
-        start = 0
-        for length, bit in zip(lengths, bits, strict=True):
-            routes[start : start + length].fill_(bit)
-            start += length
+            if isinstance(length, float) or length < 0:
+                raise ShapeError(f"lengths[{index}] must be a whole number of 0 or more tokens, got {length}.")
+        with _for_every_mode():
+            routes = torch.empty(sum(lengths), dtype=torch.int8, device=device)
+            start = 0
+            for length, bit in zip(lengths, bits, strict=True):
+                routes[start : start + length].fill_(bit)
+                start += length
         used = {bit for length, bit in zip(lengths, bits, strict=True) if length > 0}
         present = 0
         for bit in used:
@@ -100,7 +103,8 @@ class RoutePlan(NamedTuple):
     def uniform(cls, adapter: str | None, tokens: int, *, device: torch.device | str | None = None) -> RoutePlan:
         """A plan that gives every one of ``tokens`` tokens the same route."""
         bits = route_bits(adapter)
-        return cls(torch.full((tokens,), bits, dtype=torch.int8, device=device), bits, True)
+        with _for_every_mode():
+            return cls(torch.full((tokens,), bits, dtype=torch.int8, device=device), bits, True)
 
     def refresh_(self, routes: Tensor) -> RoutePlan:
         """Overwrite the routes in place: same address, so a captured CUDA graph replays with the new ones.
@@ -133,6 +137,13 @@ def route_bits(adapter: str | None) -> int:
         return ROUTE_BITS[adapter]
     names = [name for name in ROUTE_BITS if name]
     raise OptionError(f"route must be {quoted(names)} or None, got {adapter!r}.{did_you_mean(adapter, names)}")
+
+
+def _for_every_mode():
+    """A plan made in inference mode must serve a later training step, so its tensor is made outside of it."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
 
 
 def _check_routes(routes: Tensor) -> None:

@@ -6,12 +6,12 @@ dispatcher altogether (see :func:`call`), since at decode the boundary costs mor
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from twn_kernels.ops import choice
+from twn_kernels.ops.autocast import without_autocast
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor A_r, Tensor B_r, Tensor A_e, Tensor B_e, "
@@ -32,16 +32,28 @@ _LIBRARY.define(
 
 def call(name: str, *args) -> tuple[Tensor, ...]:
     """Run a forward op: straight to the implementation in plain eager inference, through the dispatcher otherwise."""
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(args)
     if _plain_eager(args):
         return _FORWARD[name](*args)
     return getattr(torch.ops.twn, name)(*args)
+
+
+def _refuse_tangents(args: tuple) -> None:
+    if any(forward_ad.unpack_dual(arg).tangent is not None for arg in args if isinstance(arg, Tensor)):
+        raise NotImplementedError(
+            "dual_lora_linear has no forward-mode derivative; kernels would drop the tangent. Use reverse mode."
+        )
 
 
 def _plain_eager(args: tuple) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
+    # Transforms wrap tensors without changing their type, and kernels cannot see lazy negations.
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg() for tensor in tensors):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
@@ -53,7 +65,7 @@ def _runs(function: str):
         x, weight, bias, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present, is_uniform, p_r, p_e, seed, impl
     ):  # fmt: skip
         routes = _routes(impl, routes, is_uniform)
-        with _exact_dtypes(x):
+        with without_autocast(x.device):
             return getattr(choice.load(impl), function)(
                 x, weight, bias, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present, p_r, p_e, seed
             )
@@ -65,18 +77,12 @@ def _backward(
     dy, dy_r, dy_e, x, weight, A_r, B_r, A_e, B_e, scaling_r, scaling_e, s, routes, present, is_uniform,
     dropout_r, dropout_e, seed, needs, impl,
 ):  # fmt: skip
-    with _exact_dtypes(x):
+    with without_autocast(x.device):
         grads = choice.load(impl).backward(
             dy, dy_r, dy_e, x, weight, A_r, B_r, A_e, B_e, scaling_r, scaling_e, s, _routes(impl, routes, is_uniform),
             present, dropout_r, dropout_e, seed, tuple(needs),
         )  # fmt: skip
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _exact_dtypes(x: Tensor):
-    """Autocast's casts are done before the op; inside, it would narrow the fp32 products that the contract asks for."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _routes(impl: str, routes: Tensor, is_uniform: bool) -> Tensor | None:
@@ -135,7 +141,8 @@ def _gradients(ctx, dy: Tensor, dy_r: Tensor | None, dy_e: Tensor | None) -> tup
     )  # fmt: skip
     dx, dA_r, dB_r, dA_e, dB_e, dbias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     # The base weight is meant to be frozen; where it is not, it gets nn.Linear's gradient rather than silence.
-    dweight = dy.t() @ x if need_weight else None
+    with without_autocast(x.device):
+        dweight = dy.t() @ x if need_weight else None
     return dx, dweight, dbias, dA_r, dB_r, dA_e, dB_e, *[None] * 9
 
 
@@ -147,17 +154,24 @@ def _fanout_gradients(ctx, dy_r, dy_e, _ds):
     return _gradients(ctx, dy_r + dy_e, dy_r.contiguous(), dy_e.contiguous())
 
 
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "dual_lora_linear has no second derivative: its gradient was differentiated again (create_graph=True). "
+        "Compute gradient penalties on the unpatched model, or with merged weights."
+    )
+
+
 def _register() -> None:
     table = {
         "dual_lora_linear": (_FORWARD["dual_lora_linear"], _fake_forward, _forward_gradients),
         "dual_lora_linear_fanout": (_FORWARD["dual_lora_linear_fanout"], _fake_fanout, _fanout_gradients),
-        "dual_lora_linear_backward": (_backward, _fake_backward, None),
+        "dual_lora_linear_backward": (_backward, _fake_backward, _no_second_derivative),
     }
     for name, (kernel, fake, gradients) in table.items():
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"twn::{name}", fake, lib=_LIBRARY)
-        if gradients is not None:
-            torch.library.register_autograd(f"twn::{name}", gradients, setup_context=_save, lib=_LIBRARY)
+        saves = None if gradients is _no_second_derivative else _save
+        torch.library.register_autograd(f"twn::{name}", gradients, setup_context=saves, lib=_LIBRARY)
 
 
 _register()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,42 @@ def check_call(
         )
     _check_plan(plan, x)
     _check_dropout(dropout)
+
+
+def check_kinds(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reasoning: LoRA | None,
+    embedding: LoRA | None,
+    plan: RoutePlan | None,
+    dropout: tuple[float, float],
+) -> None:
+    """Raise where an argument is of another kind altogether, before anything looks inside it.
+
+    Raises:
+        DtypeError, OptionError: the message names the argument and what it must be.
+    """
+    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+            raise DtypeError(f"{name} must be a torch tensor, got {type(value).__name__}.")
+    for name, lora in (("reasoning", reasoning), ("embedding", embedding)):
+        if lora is None:
+            continue
+        if not isinstance(lora, LoRA) or not isinstance(lora.A, Tensor) or not isinstance(lora.B, Tensor):
+            raise DtypeError(
+                f"{name} must be LoRA(A, B, scaling) with A and B tensors, or None, got {type(lora).__name__}. "
+                "Build one with twn_kernels.ops.LoRA."
+            )
+        if isinstance(lora.scaling, bool) or not isinstance(lora.scaling, int | float):
+            raise DtypeError(
+                f"{name}.scaling must be a Python number (a tensor would have to be read), got "
+                f"{type(lora.scaling).__name__}."
+            )
+    if plan is not None and not isinstance(plan, RoutePlan):
+        raise DtypeError(f"plan must be a RoutePlan, got {type(plan).__name__}. Build one with RoutePlan.from_routes.")
+    if not isinstance(dropout, tuple | list) or len(dropout) != 2:
+        raise OptionError(f"dropout must be two probabilities, one an adapter, got {dropout!r}.")
 
 
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -85,9 +123,13 @@ def _check_lora(name: str, lora: LoRA, x: Tensor, weight: Tensor) -> None:
 
 
 def _check_plan(plan: RoutePlan, x: Tensor) -> None:
-    if not isinstance(plan, RoutePlan):
-        raise DtypeError(f"plan must be a RoutePlan, got {type(plan).__name__}. Build one with RoutePlan.from_routes.")
-    tokens = x.shape[:-1].numel()
+    routes = plan.routes
+    if not isinstance(routes, Tensor) or routes.dtype != torch.int8 or routes.dim() != 1 or not routes.is_contiguous():
+        got = f"{routes.dtype} {list(routes.shape)}" if isinstance(routes, Tensor) else type(routes).__name__
+        raise DtypeError(
+            f"plan.routes must be a contiguous int8 tensor [tokens], got {got}. Build plans with RoutePlan.from_routes."
+        )
+    tokens = math.prod(x.shape[:-1])
     if plan.tokens != tokens:
         raise ShapeError(
             f"plan covers {plan.tokens} tokens but x has {tokens} ({list(x.shape)}). "
@@ -97,7 +139,7 @@ def _check_plan(plan: RoutePlan, x: Tensor) -> None:
 
 
 def _check_dropout(dropout: tuple[float, float]) -> None:
-    if len(dropout) != 2 or not all(0.0 <= p < 1.0 for p in dropout):
+    if not all(0.0 <= p < 1.0 for p in dropout):
         raise OptionError(
             f"dropout must be two probabilities in [0, 1), one for reasoning and one for embedding, got {dropout!r}."
         )

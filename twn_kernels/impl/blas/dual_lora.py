@@ -66,9 +66,17 @@ def backward(
         rows, used = _rows(routes, adapter), present & (1 << adapter)
         if needs[1 + 2 * adapter]:
             kept = _dropped(_masked(x, rows), dropouts[adapter], seed, adapter) if used else None
-            grads[1 + 2 * adapter] = rounded_mm(ds[adapter].t(), kept, A.dtype) if used else torch.zeros_like(A)
+            grads[1 + 2 * adapter] = (
+                rounded_mm(ds[adapter].t(), kept, A.dtype)
+                if used
+                else torch.zeros_like(A, memory_format=torch.contiguous_format)
+            )
         if needs[2 + 2 * adapter]:
-            grads[2 + 2 * adapter] = rounded_mm(_masked(flow, rows).t(), part, B.dtype) if used else torch.zeros_like(B)
+            grads[2 + 2 * adapter] = (
+                rounded_mm(_masked(flow, rows).t(), part, B.dtype)
+                if used
+                else torch.zeros_like(B, memory_format=torch.contiguous_format)
+            )
     if needs[5]:
         grads[5] = dy.sum(0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32).to(dy.dtype)
     return tuple(grads)
