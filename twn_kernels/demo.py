@@ -38,7 +38,10 @@ def run_demo(directory: str | Path | None = None, say: Say = print) -> dict:
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="twn-demo-") as temporary:
             return _run(Path(temporary), say)
-    Path(directory).mkdir(parents=True, exist_ok=True)
+    from twn_kernels.testing.ownership import check_writable
+
+    for name in ("base", "twn", "timing/base", "timing/twn"):
+        check_writable(Path(directory) / name)
     return _run(Path(directory), say)
 
 

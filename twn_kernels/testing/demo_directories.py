@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from twn_kernels.testing.ownership import check_writable
 from twn_kernels.testing.tiny_directory import write_tiny_model
 from twn_kernels.testing.tiny_models import VISION_FAMILIES
 from twn_kernels.testing.twn_directory import write_twn_directory
@@ -26,13 +27,14 @@ def write_demo_directories(directory: str | Path, *, family: str = "qwen3_vl", s
         The paths of the base model and of the TWN directory.
 
     Raises:
-        OptionError: there is no such family.
+        OptionError: there is no such family, or one of the two is there and holds files of somebody else.
         MissingDependency: PEFT, which writes the adapters, is not installed.
     """
     import transformers
 
-    base = write_tiny_model(Path(directory) / "base", family, seed=seed)
+    base, twn = (check_writable(Path(directory) / name) for name in ("base", "twn"))
+    write_tiny_model(base, family, seed=seed)
     auto = transformers.AutoModelForImageTextToText if family in VISION_FAMILIES else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(base)
-    twn = write_twn_directory(Path(directory) / "twn", model, rank=_RANKS, num_queries=_NUM_QUERIES, seed=seed)
+    write_twn_directory(twn, model, rank=_RANKS, num_queries=_NUM_QUERIES, seed=seed)
     return base, twn

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from twn_kernels.errors import OptionError, did_you_mean, quoted
+from twn_kernels.testing.ownership import claim, mark
 from twn_kernels.testing.tiny_models import FAMILIES, VISION_FAMILIES, tiny_config, tiny_model
 
 __all__ = ["SPECIAL_TOKENS", "THINK_TOKENS", "write_tiny_model"]
@@ -98,7 +99,7 @@ def write_tiny_model(
     and holds no placeholder of an image.
 
     Args:
-        directory: where; made when missing.
+        directory: where; made when missing. It must be empty or written by this function before.
         family: one of :data:`twn_kernels.testing.tiny_models.FAMILIES`.
         seed: of the weights. The tokenizer is always the same.
         dtype: of the weights.
@@ -110,7 +111,8 @@ def write_tiny_model(
         ``directory`` as a path.
 
     Raises:
-        OptionError: there is no such family, or ``overrides`` name the vocabulary, which is the tokenizer's.
+        OptionError: there is no such family, ``overrides`` name the vocabulary, which is the tokenizer's, or
+            ``directory`` is a file or holds files of somebody else.
     """
     if family not in FAMILIES:
         raise OptionError(
@@ -119,8 +121,8 @@ def write_tiny_model(
     taken = sorted(set(overrides) & {"vocab_size", "image_token_id", "video_token_id", "eos_token_id", "pad_token_id"})
     if taken:
         raise OptionError(f"{quoted(taken)} cannot be chosen: the vocabulary is that of the tokenizer written with it")
-    out = Path(directory)
-    out.mkdir(parents=True, exist_ok=True)
+    out = claim(directory)
+    mark(out)
     tokenizer = _tokenizer(family, think_tokens)
     config = _config(family, tokenizer, overrides)
     model = tiny_model(family, seed=seed, config=config)

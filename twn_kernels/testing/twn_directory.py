@@ -16,6 +16,7 @@ import torch
 
 from twn_kernels.errors import MissingDependency, OptionError, did_you_mean, quoted
 from twn_kernels.settings import ADAPTERS, EMBEDDING, REASONING
+from twn_kernels.testing.ownership import claim, mark
 
 __all__ = ["write_gate_and_queries", "write_peft_adapter", "write_twn_directory"]
 
@@ -53,7 +54,8 @@ def write_twn_directory(
     An option that takes one value for both adapters also takes ``{"reasoning": ..., "embedding": ...}``.
 
     Args:
-        directory: where; made when missing. Its former adapters, gate, queries and config are replaced.
+        directory: where; made when missing. It must be empty or written by this function before; its former adapters, gate,
+            queries and config are replaced.
         model: a model without adapters; it is left as it was, weights, module objects and ``requires_grad`` included.
         rank, alpha: of each adapter; ``alpha`` None is twice the rank.
         targets: names or one regex; None takes the attention and MLP projections of the language model by their usual
@@ -75,13 +77,13 @@ def write_twn_directory(
         ``directory`` as a path.
 
     Raises:
-        OptionError: an option is outside its names.
+        OptionError: an option is outside its names, or ``directory`` is a file or holds files of somebody else.
         MissingDependency: PEFT is not installed.
     """
-    out = Path(directory)
-    out.mkdir(parents=True, exist_ok=True)
+    out = claim(directory)
     for name in ADAPTERS:
         shutil.rmtree(out / name, ignore_errors=True)
+        mark(out / name)  # PEFT adds its card to a README that is there
         one_rank = _of(rank, name) or 4
         write_peft_adapter(
             out / name,
