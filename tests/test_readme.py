@@ -53,6 +53,8 @@ def test_shell_blocks_run_or_name_real_targets(home):
             assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
             assert done.stdout.strip(), f"{command} printed nothing"
             ran += 1
+        elif first == "source":
+            assert rest == [".venv/bin/activate"]
         elif first == "printf":
             subprocess.run(["bash", "-c", command], cwd=home, check=True)
         else:
@@ -64,7 +66,7 @@ def test_shell_blocks_run_or_name_real_targets(home):
 def test_extras_exist():
     tomllib = pytest.importorskip("tomllib")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = re.search(r"\(extras: (.*?)\)", README, flags=re.DOTALL).group(1)
+    named = re.search(r"Extras: (.*?)\.", README, flags=re.DOTALL).group(1)
     assert set(re.findall(r"`(\w+)`", named)) == set(extras)
 
 
