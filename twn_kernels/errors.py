@@ -78,6 +78,15 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names) or "none"
 
 
+def reject_unknown(unknown: Iterable[str], known: Iterable[str], function: str) -> None:
+    """Raise OptionError for keyword arguments that ``function`` does not have, offering the nearest."""
+    names, known = list(unknown), list(known)
+    if names:
+        raise OptionError(
+            f"{function} has no option {quoted(names)}; its options are {quoted(known)}.{did_you_mean(names[0], known)}"
+        )
+
+
 def did_you_mean(name: object, options: Iterable[str]) -> str:
     """`` Did you mean "x"?`` with the nearest of ``options``, or an empty string."""
     near = difflib.get_close_matches(str(name), list(options), n=1)

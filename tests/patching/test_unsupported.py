@@ -264,3 +264,10 @@ def test_nothing_to_patch():
 def test_a_layer_that_is_dual_already():
     model = nn.Sequential(nn.Linear(4, 4), DualLoRALinear(4, 4, rank=2))
     _refused(model, UnsupportedModel, "DualLoRALinear, not a plain nn.Linear: 1")
+
+
+def test_an_unknown_option_offers_the_nearest():
+    from twn_kernels.errors import OptionError
+
+    with pytest.raises(OptionError, match='patch has no option "rnak"; its options are .* Did you mean "rank"'):
+        patch(tiny_model("llama"), rnak=4)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twn_kernels.checkpoint import Checkpoint, load_checkpoint
-from twn_kernels.errors import OptionError, PatchError, UnsupportedModel, did_you_mean, quoted
+from twn_kernels.errors import OptionError, PatchError, UnsupportedModel, did_you_mean, quoted, reject_unknown
 from twn_kernels.modules.dual_lora_linear import DualLoRALinear, LayerAdapter, check_rank
 from twn_kernels.modules.routing import RouteState, UniformSpec
 from twn_kernels.ops import choice
@@ -28,6 +28,7 @@ from twn_kernels.settings import ADAPTERS, IMPLS, ROUTE_BITS
 __all__ = ["patch", "unpatch"]
 
 _DEFAULT_RANK = 64
+_OPTIONS = ("checkpoint", "adapters", "targets", "rank", "fuse", "impl")
 
 
 def patch(
@@ -39,6 +40,7 @@ def patch(
     rank: int = _DEFAULT_RANK,
     fuse: bool = True,
     impl: str = "auto",
+    **unknown: Any,
 ) -> nn.Module:
     """Give a model's linears two LoRA adapters that run in one pass; in place, and undone by :func:`unpatch`.
 
@@ -69,7 +71,7 @@ def patch(
         PatchError: nothing to patch, adapters missing or too many, or the model is patched with other arguments.
         UnsupportedModel: layers that cannot be fused exactly, all listed.
         CheckpointError: the checkpoint cannot be read, or does not fit the model.
-        OptionError: an argument out of range, or one that the adapters' source decides.
+        OptionError: an argument unknown or out of range, or one that the adapters' source decides.
         ImplUnavailable: ``impl`` was named and cannot run here.
 
     A model that raises is left as it was.
@@ -80,6 +82,7 @@ def patch(
         >>> model = twn_kernels.patch(tiny_model("llama"), rank=4)
         >>> model = twn_kernels.unpatch(model)
     """
+    reject_unknown(unknown, _OPTIONS, "patch")
     names = _check_options(model, adapters, rank, fuse, impl)
     if holds_peft_layers(model):
         _no_other_source(checkpoint=checkpoint, targets=targets, rank=rank, source="the model's PEFT adapters")

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from twn_kernels.checkpoint import Checkpoint, TWNConfig, load_checkpoint
-from twn_kernels.errors import CheckpointError, OptionError
+from twn_kernels.errors import CheckpointError, OptionError, reject_unknown
 from twn_kernels.modules import QueryBank
 from twn_kernels.ops import pool_queries
 from twn_kernels.pipeline import loading
 from twn_kernels.pipeline.backbone import Backbone
 from twn_kernels.pipeline.graphs import BatchResult, Method, Thinking, run_batch
 from twn_kernels.pipeline.inputs import EncodedBatch, as_list
-from twn_kernels.pipeline.options import EncodeDetails, EncodeOptions, reject_unknown
+from twn_kernels.pipeline.options import EncodeDetails, EncodeOptions
 from twn_kernels.pipeline.processor import Processor, load_processor
 from twn_kernels.pipeline.progress import Progress
 from twn_kernels.pipeline.sampling import chooser

@@ -87,15 +87,6 @@ class EncodeOptions:
         return lambda scores, count: [place for place, score in enumerate(scores) if score >= threshold]
 
 
-def reject_unknown(unknown: dict[str, Any], known: list[str], function: str) -> None:
-    """Raise OptionError for keyword arguments that ``function`` does not have, offering the nearest."""
-    if unknown:
-        name = next(iter(unknown))
-        raise OptionError(
-            f"{function} has no option {quoted(unknown)}; its options are {quoted(known)}.{did_you_mean(name, known)}"
-        )
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

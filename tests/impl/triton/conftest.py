@@ -23,8 +23,8 @@ def aot_worker():
 def pointers_stay_inside(monkeypatch):
     """Fail where a kernel in the interpreter loads from, or stores to, memory of none of its arguments.
 
-    The interpreter reads any address that the process may read, so a missing mask whose garbage lands in columns that are
-    never stored would go unseen here and be an illegal access on a GPU.
+    The interpreter reads any address that the process may read, so a missing mask whose garbage lands in columns that
+    are never stored would go unseen here and be an illegal access on a GPU.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     if os.environ.get("TRITON_INTERPRET") != "1":
