@@ -275,6 +275,15 @@ def test_a_cpu_build_asked_for_cuda_says_so(llama):
         TWNEmbedder.from_pretrained(llama.base, llama.twn, device="cuda")
 
 
+def test_an_image_that_the_processor_refuses_is_found_before_the_first_batch(world, monkeypatch):
+    from twn_kernels.pipeline import embedder as module
+
+    eye = world("qwen3_vl").embedder
+    monkeypatch.setattr(module, "run_batch", lambda *_: pytest.fail("a batch ran"))
+    with pytest.raises(InputError, match="^input 3: the model's processor refuses it: absolute aspect ratio"):
+        eye.encode(["a", "b", "c", np.zeros((1, 300, 3), np.uint8)], batch_size=2, think="never")
+
+
 def test_another_checkpoint_for_a_patched_model_is_refused(llama, tmp_path):
     from twn_kernels.errors import PatchError
     from twn_kernels.pipeline import loading

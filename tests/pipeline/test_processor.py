@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 import twn_kernels
@@ -97,9 +98,12 @@ def test_what_the_model_cannot_take_is_refused(sighted, blind):
         message = f'input 1: the text holds "{token}", which stands for pixels in this model. Remove it.'
         with pytest.raises(InputError, match=re.escape(message)):
             processor.parse(f"a {token} b", 1)
-    narrow = processor.parse(np.zeros((2, 900, 3), dtype=np.uint8), 8)
-    with pytest.raises(InputError, match="^input 8: the model's processor refuses it: absolute aspect ratio must be"):
-        processor.batch([processor.parse("fine", 7), narrow], first_index=7)
+    narrow = Image.new("RGB", (900, 2))
+    message = "^input 8: the model's processor refuses it: absolute aspect ratio must be"
+    with pytest.raises(InputError, match=message):
+        processor.parse(narrow, 8)
+    with pytest.raises(InputError, match=message):
+        processor.batch([processor.parse("fine", 7), [Message("user", [Part("image", narrow)])]], first_index=7)
 
 
 def test_the_limit_of_pixels_is_the_processors(sighted):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -86,11 +87,25 @@ class Processor:
                     )
         elif part.kind == "image" and not self.takes_images:
             raise InputError(f"input {index}: the model takes text only, got an image.{self._missing}")
+        elif part.kind == "image":
+            self._check_size(part.value, index)
         elif part.kind == "video" and not self.takes_videos:
             if self.takes_images and self._whole is None:
                 raise MissingDependency(f"input {index}: videos need torchvision, {_TORCHVISION}")
             takes = "text and images" if self.takes_images else "text only"
             raise InputError(f"input {index}: the model takes {takes}, got a video.{self._missing}")
+
+    def _check_size(self, image: Any, index: int) -> None:
+        """What the processor would refuse in its batch (such as an extreme aspect ratio), by its own function."""
+        resize = getattr(sys.modules[type(self._images).__module__], "smart_resize", None)
+        if resize is None or not getattr(self._images, "do_resize", False):
+            return
+        try:
+            resize(height=image.height, width=image.width)
+        except TypeError:  # another model's function of that name
+            return
+        except ValueError as error:
+            raise InputError(f"input {index}: the model's processor refuses it: {error}") from error
 
     def _placeholders(self) -> list[str]:
         return [self._token("image")] * self.takes_images + [self._token("video")] * (

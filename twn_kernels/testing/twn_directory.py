@@ -54,8 +54,8 @@ def write_twn_directory(
     An option that takes one value for both adapters also takes ``{"reasoning": ..., "embedding": ...}``.
 
     Args:
-        directory: where; made when missing. It must be empty or written by this function before; its former adapters, gate,
-            queries and config are replaced.
+        directory: where; made when missing. It must be empty or written by this function before; its former adapters,
+            gate, queries and config are replaced.
         model: a model without adapters; it is left as it was, weights, module objects and ``requires_grad`` included.
         rank, alpha: of each adapter; ``alpha`` None is twice the rank.
         targets: names or one regex; None takes the attention and MLP projections of the language model by their usual
