@@ -131,6 +131,13 @@ def test_a_pair_alone(twn, tmp_path):
     assert sorted(os.listdir(out)) == ["embedding", "reasoning"]
 
 
+def test_one_directory_for_both_adapters_is_refused(twn, tmp_path):
+    again = twn / "embedding" / ".." / "reasoning"
+    with pytest.raises(OptionError, match="both adapters are .*reasoning; reasoning and embedding must be two."):
+        convert_pair({"reasoning": twn / "reasoning", "embedding": again}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_parts_that_do_not_fit(twn, tmp_path):
     torch.save({"0.weight": torch.ones(1, 63)}, tmp_path / "gate.pt")
     pair = {name: twn / name for name in ("reasoning", "embedding")}

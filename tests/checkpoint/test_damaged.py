@@ -170,6 +170,11 @@ class TestPickledCode:
         with pytest.raises(CheckpointError, match=r"queries.pt does not load .* it pickles numpy.*_reconstruct, "):
             load_checkpoint(twn)
 
+    @pytest.mark.parametrize("raw", [b"\x80\x020.", b"\x80\x02.", b"\x80\x02h\x05.", b"\x80\x02]b."])
+    def test_a_pickle_out_of_order_is_told_in_our_words(self, message, twn, raw):
+        (twn / "queries.pt").write_bytes(raw)
+        assert "queries.pt is not a complete torch.save file: its pickle cannot be parsed." in message(twn)
+
     def test_an_empty_archive(self, message, twn):
         zipfile.ZipFile(twn / "queries.pt", "w").close()
         text = message(twn)

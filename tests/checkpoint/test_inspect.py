@@ -104,8 +104,10 @@ def test_problems_are_listed_and_the_rest_is_still_shown(twn, edit_config):
     report = inspect_checkpoint(twn)
     assert not report.ok and len(report.problems) == 2
     assert report.adapters["reasoning"]["ranks"] == {"4": 14}
-    assert report.gate["inputs"] == [] and report.queries is None
+    assert report.gate["inputs"] is None and report.queries is None
+    assert report.unread == ["queries"]
     text = str(report)
+    assert "gate reads   64 features: unread, no queries" in text and "queries      unread" in text
     assert "problems:\n  - queries.pt is not a complete torch.save file" in text
     assert text.endswith("loads: no, 2 problem(s) above")
 
@@ -113,9 +115,16 @@ def test_problems_are_listed_and_the_rest_is_still_shown(twn, edit_config):
 def test_an_adapter_that_cannot_be_read_at_all(twn):
     (twn / "reasoning" / "adapter_model.safetensors").write_bytes(b"x")
     (twn / "reasoning" / "adapter_config.json").write_bytes(b"x")
+    (twn / "gate_mlp.pt").write_bytes(b"x")
     report = inspect_checkpoint(twn)
-    assert len(report.problems) == 2 and report.adapters["reasoning"]["modules"] == 0
-    assert "loads: no" in str(report)
+    assert len(report.problems) == 3 and report.unread == ["reasoning", "gate_mlp"]
+    info = report.adapters["reasoning"]
+    assert info["modules"] is info["zero_lora_B"] is info["touches_visual"] is info["parameters"] is None
+    assert json.loads(json.dumps(report.to_dict()))["unread"] == report.unread
+    rows = {line.split("  ")[0]: line.split()[1:] for line in str(report).splitlines() if line}
+    for title in ("rank", "alpha", "dropout", "targets", "visual", "dtype", "lora_B", "parameters", "bytes", "PEFT"):
+        assert rows[title][0] == "unread" != rows[title][1], title
+    assert rows["gate"] == ["unread"] and "loads: no" in str(report)
 
 
 def test_assumed_defaults_of_peft_show(twn, edit_config):

@@ -45,25 +45,29 @@ def _one_of(options: tuple) -> Callable[[Any], str | None]:
         if value in options and not isinstance(value, bool):
             return None
         near = did_you_mean(value, [option for option in options if option]) if isinstance(value, str) else ""
-        return f"one of {names}{'.' + near if near else ''}"
+        return f"one of {names}, got {shown(value)}.{near}"
 
     return check
 
 
+def _but(expected: str, value: Any) -> str:
+    return f"{expected}, got {shown(list(value) if isinstance(value, tuple) else value)}."
+
+
 def _number(expected: str, accepts: Callable[[float], bool]) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        return None if is_number(value) and accepts(value) else expected
+        return None if is_number(value) and accepts(value) else _but(expected, value)
 
     return check
 
 
 def _token_count(value: Any) -> str | None:
     plain = isinstance(value, int) and not isinstance(value, bool)
-    return None if plain and value >= 1 else "a whole number of tokens >= 1"
+    return None if plain and value >= 1 else _but("a whole number of tokens >= 1", value)
 
 
 def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) else "a string"
+    return None if isinstance(value, str) else _but("a string", value)
 
 
 def _stops(value: Any) -> str | None:
@@ -74,9 +78,10 @@ def _stops(value: Any) -> str | None:
 
     if isinstance(value, tuple) and value and all(stop(item) for item in value):
         return None
-    return "a non-empty string, a token id >= 0, or a non-empty list of these"
+    return _but("a non-empty string, a token id >= 0, or a non-empty list of these", value)
 
 
+# Each gives None, or the rest of a sentence that begins with "... must be".
 _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "graph": _one_of(GRAPHS),
     "prefill_adapter": _one_of(PREFILL_ADAPTERS),
@@ -136,8 +141,8 @@ class TWNConfig:
         object.__setattr__(self, "think_end", _as_stops(self.think_end))
         object.__setattr__(self, "assumed", tuple(self.assumed))
         for name, check in _CHECKS.items():
-            if expected := check(getattr(self, name)):
-                raise OptionError(f"TWNConfig.{name} must be {expected}, got {shown(getattr(self, name))}.")
+            if refusal := check(getattr(self, name)):
+                raise OptionError(f"TWNConfig.{name} must be {refusal}")
         if unknown := [name for name in self.assumed if name not in _CHECKS]:
             raise OptionError(f"TWNConfig.assumed names {quoted(unknown)}; the fields are {quoted(FIELDS)}.")
 
@@ -243,8 +248,8 @@ def parse_twn_config(raw: bytes | None, label: str) -> tuple[TWNConfig, list[str
             problems.append(f'{label} has no field "{name}"; its fields are {quoted(FIELDS)}, "decoding".{near}')
             continue
         value = _as_stops(value) if name == "think_end" else value
-        if expected := _CHECKS[name](value):
-            problems.append(f"{label}: {name} must be {expected}, got {shown(flat[name])}.")
+        if refusal := _CHECKS[name](value):
+            problems.append(f"{label}: {name} must be {refusal}")
         else:
             values[name] = value
     assumed = tuple(name for name in FIELDS if name not in values)

@@ -109,9 +109,12 @@ def convert_pair(
 
     Raises:
         CheckpointError: a part does not load, the parts do not fit each other, or ``out`` holds other things.
-        OptionError: ``adapters`` does not name the two adapters.
+        OptionError: ``adapters`` does not name the two adapters, or names one directory for both.
     """
     checkpoint = load_checkpoint(adapters)
+    places = [Path(place).expanduser().resolve() for place in adapters.values()]
+    if len(set(places)) == 1:
+        raise OptionError(f"both adapters are {next(iter(adapters.values()))}; reasoning and embedding must be two.")
     if gate is not None:
         checkpoint.gate = ordered_gate(read_small(Path(gate).expanduser(), str(gate)), str(gate))
     if queries is not None:

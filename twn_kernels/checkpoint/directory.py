@@ -59,6 +59,7 @@ class DirectoryScan:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # of GATE and QUERIES: a file is there, but cannot be used
 
     def all_problems(self) -> list[str]:
         """The directory's problems, then each adapter's."""
@@ -141,6 +142,7 @@ def _read_parts(scan: DirectoryScan, path: Path, entries: list[str]) -> None:
             scan.notes.extend(scan.gate.notes)
     except CheckpointError as error:
         scan.problems.append(str(error))
+        scan.unread.append(GATE)
     try:
         scan.queries_file = _open_small(scan, path, entries, QUERIES)
         if scan.queries_file is not None:
@@ -149,6 +151,7 @@ def _read_parts(scan: DirectoryScan, path: Path, entries: list[str]) -> None:
             part.extras.update({name: value.item() for name, value in part.tensors.items() if is_scalar(value)})
     except CheckpointError as error:
         scan.problems.append(str(error))
+        scan.unread.append(QUERIES)
     strays = [name for name in entries if name.split(".")[0] in (GATE, QUERIES) and not name.endswith(_SUFFIXES)]
     if strays:
         scan.warnings.append(f"{scan.label}: {listed(strays)} not read; the names end in .safetensors or .pt.")

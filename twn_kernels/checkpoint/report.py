@@ -13,11 +13,16 @@ from typing import Any
 import torch
 
 from twn_kernels.checkpoint.adapter import AdapterScan
-from twn_kernels.checkpoint.directory import DirectoryScan, SmallFile, warn_non_finite
+from twn_kernels.checkpoint.directory import GATE, QUERIES, DirectoryScan, SmallFile, warn_non_finite
 from twn_kernels.checkpoint.gate import GateLayout, gate_inputs
 from twn_kernels.checkpoint.hub import HubOptions
 from twn_kernels.checkpoint.loading import scan_source
 
+# What is unknown where an adapter's weights could not be read.
+_FROM_WEIGHTS = (
+    *("ranks", "alphas", "scalings", "targets", "shapes", "modules", "layers", "under", "touches_visual"),
+    *("visual_modules", "zero_lora_B", "dtypes", "parameters", "bytes"),
+)
 _TOWERS = ("visual", "vision", "image_tower", "video_tower", "multi_modal_projector", "audio")
 
 
@@ -37,6 +42,7 @@ class CheckpointReport:
         problems: what makes the checkpoint unusable; loading raises these.
         warnings: what loads but is probably not meant.
         notes: what is worth knowing.
+        unread: parts that are there and could not be read (problems say why); what depends on them is None.
     """
 
     source: str
@@ -50,6 +56,7 @@ class CheckpointReport:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -75,18 +82,19 @@ class CheckpointReport:
 
     def _method_rows(self) -> list[tuple[str, str]]:
         queries, gate = self.queries, self.gate
-        rows = [("queries", "absent")]
+        rows = [("queries", "unread" if QUERIES in self.unread else "absent")]
         if queries is not None:
             shape = f"{queries['num_queries']} x {queries['hidden']}"
             rows = [("queries", f"{shape}, {queries['dtype']}, {queries['file']}")]
         if gate is None:
-            return [*rows, ("gate", "absent")]
+            return [*rows, ("gate", "unread" if GATE in self.unread else "absent")]
         outputs = "1 logit, sigmoid" if gate["outputs"] == 1 else "2 logits, softmax; the second means think (assumed)"
         size = f"{gate['parameters']:,} parameters, {', '.join(gate['dtypes'])}"
+        fits = "unread, no queries" if gate["inputs"] is None else " or ".join(gate["inputs"])
         return [
             *rows,
             ("gate", f"{gate['layers']}, {size}, {gate['file']}"),
-            ("gate reads", f"{gate['in_features']} features: {' or '.join(gate['inputs']) or 'fits no input'}"),
+            ("gate reads", f"{gate['in_features']} features: {fits or 'fits no input'}"),
             ("gate output", outputs),
         ]
 
@@ -136,6 +144,7 @@ def inspect_checkpoint(
         problems=scan.all_problems(),
         warnings=scan.all_warnings(),
         notes=[*scan.all_notes(), *adapter_assumed, *_gate_assumed(scan)],
+        unread=[*(name for name, adapter in scan.adapters.items() if not adapter.layers), *scan.unread],
     )
 
 
@@ -153,7 +162,7 @@ def _adapter(scan: AdapterScan) -> dict[str, Any]:
     parameters = sum(info.numel for info in infos)
     shapes = {layer.module.rpartition(".")[2]: f"{layer.in_features} -> {layer.out_features}" for layer in layers}
     zero = [layer.module for layer in layers if not bool(torch.count_nonzero(scan.file.read(layer.key_b)))]
-    return {
+    facts = {
         "directory": scan.label,
         "weights": scan.weights_name,
         "base_model": config.base_model_name if config else None,
@@ -176,6 +185,7 @@ def _adapter(scan: AdapterScan) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": sum(info.numel * info.dtype.itemsize for info in infos),
     }
+    return facts if layers else {**facts, **dict.fromkeys(_FROM_WEIGHTS)}
 
 
 def _plain(value: Any) -> Any:
@@ -204,14 +214,14 @@ def _gate(scan: DirectoryScan) -> dict[str, Any] | None:
     if scan.gate is None:
         return None
     tensors = list(scan.gate_file.tensors.values())
-    fits = gate_inputs(scan.gate.in_features, *scan.queries.shape) if scan.queries is not None else ()
+    fits = gate_inputs(scan.gate.in_features, *scan.queries.shape) if scan.queries is not None else None
     return {
         "file": scan.gate_file.name,
         "layers": _described(scan.gate, scan.gate_file, scan.config.gate_activation),
         "tensors": {name: list(tensor.shape) for name, tensor in scan.gate_file.tensors.items()},
         "in_features": scan.gate.in_features,
         "outputs": scan.gate.out_features,
-        "inputs": list(fits),
+        "inputs": None if fits is None else list(fits),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
         "parameters": sum(tensor.numel() for tensor in tensors),
     }
@@ -282,9 +292,16 @@ def _adapter_table(adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
     }
     body = []
     for title, cell in rows.items():
-        cells = [cell(info) or "-" for info in adapters.values()]
+        cells = ["unread" if _is_unread(title, info) else cell(info) or "-" for info in adapters.values()]
         body += _wrapped(title, cells)
     return _table(["", *adapters], body)
+
+
+def _is_unread(title: str, info: Mapping[str, Any]) -> bool:
+    """Whether the file that a row is taken from could not be read."""
+    if title in ("dropout", "PEFT"):
+        return info["dropout"] is None
+    return info["weights" if title == "file" else "modules"] is None
 
 
 def _wrapped(title: str, cells: list[str], width: int = 44) -> list[list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import pickletools
 import struct
 import zipfile
@@ -231,7 +232,8 @@ def load_pickled(raw: bytes, label: str) -> Any:
             ) from error
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         # torch's own advice is to load with weights_only=False, which would run what the file says.
-        why = "its pickle cannot be parsed" if "weights_only" in why else why.rstrip(".")
+        said = isinstance(error, (RuntimeError, EOFError, OSError, pickle.UnpicklingError))
+        why = why.rstrip(".") if said and "weights_only" not in why else "its pickle cannot be parsed"
         raise CheckpointError(
             f"{label} is not a complete torch.save file: {why}. Copy or download it again."
         ) from error
