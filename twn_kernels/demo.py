@@ -6,9 +6,11 @@ shows is that every step is the real one and that the numbers agree. Every figur
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ from twn_kernels.errors import MissingDependency
 
 _MODES = ("never", "auto", "always")
 _MAX_THINK_TOKENS = 24
+_FUSED_IMPLS = ("triton", "cuda")
+# Modules that the demo imports beyond torch, and what pip calls them.
+_NEEDED = {"transformers": "transformers", "peft": "peft", "sklearn": "scikit-learn", "PIL": "pillow"}
 
 # Wide enough for products to outweigh Python, small enough for a laptop.
 _TIMING_MODEL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2}
@@ -34,15 +39,48 @@ def run_demo(directory: str | Path | None = None, say: Say = print) -> dict:
 
     Returns:
         The measured figures, ready for JSON.
+
+    Raises:
+        MissingDependency: a library that the demo compares with or takes inputs from is not installed.
+        OptionError: ``directory`` is a file, or holds files of somebody else where the demo would write.
     """
+    _require_libraries()
     if directory is None:
-        with tempfile.TemporaryDirectory(prefix="twn-demo-") as temporary:
+        with tempfile.TemporaryDirectory(prefix="twn-demo-") as temporary, _without_progress_bars():
             return _run(Path(temporary), say)
     from twn_kernels.testing.ownership import check_writable
 
     for name in ("base", "twn", "timing/base", "timing/twn"):
         check_writable(Path(directory) / name)
-    return _run(Path(directory), say)
+    with _without_progress_bars():
+        return _run(Path(directory), say)
+
+
+def _require_libraries() -> None:
+    absent = []
+    for module, package in _NEEDED.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            absent.append(package)
+    if absent:
+        raise MissingDependency(
+            f"the demo compares with PEFT and embeds images that scikit-learn ships; not installed: "
+            f"{', '.join(absent)}. Run: pip install {' '.join(absent)}"
+        )
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _run(directory: Path, say: Say) -> dict:
@@ -70,17 +108,13 @@ def _build(directory: Path, say: Say) -> tuple[Path, Path]:
 
 def _load(base: Path) -> torch.nn.Module:
     from transformers import AutoModelForImageTextToText
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     return AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).to(_device()).eval()
 
 
 def _load_peft(base: Path, twn: Path) -> torch.nn.Module:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingDependency("the demo compares with peft, which is not installed. Run: pip install peft") from error
+    from peft import PeftModel
+
     model = PeftModel.from_pretrained(_load(base), twn / "reasoning", adapter_name="reasoning")
     model.load_adapter(twn / "embedding", adapter_name="embedding")
     return model.eval()
@@ -171,14 +205,10 @@ def _patch_cost(base: Path, twn: Path, say: Say) -> dict:
 
 
 def _inputs() -> tuple[list, list[str]]:
-    """Six inputs: handwritten digits and photographs that scikit-learn ships, texts, and one of both."""
-    try:
-        from PIL import Image
-        from sklearn.datasets import load_digits, load_sample_images
-    except ImportError as error:
-        raise MissingDependency(
-            "the demo embeds images that scikit-learn ships. Run: pip install scikit-learn pillow"
-        ) from error
+    """Eight inputs: two handwritten digits and two photographs that scikit-learn ships, two texts, two of both."""
+    from PIL import Image
+    from sklearn.datasets import load_digits, load_sample_images
+
     digits = load_digits().images
     photographs = load_sample_images().images
 
@@ -214,17 +244,22 @@ def _embed(base: Path, twn: Path, inputs: list, names: list[str], say: Say) -> d
         f"\n4. embed {len(inputs)} inputs in one batch; "
         f"auto thinks where the gate reaches {threshold:.4f} (their median)"
     )
+    options = {"think_threshold": threshold, "max_think_tokens": _MAX_THINK_TOKENS, "return_details": True}
+    embedder.encode(inputs, think="always", **options)  # what only a first call pays is no mode's time
+    say("   mode     decided to think  closed  fell back  tokens  seconds")
     vectors, details = {}, {}
     for mode in _MODES:
         start = time.perf_counter()
-        vectors[mode], details[mode] = embedder.encode(
-            inputs, think=mode, think_threshold=threshold, max_think_tokens=_MAX_THINK_TOKENS, return_details=True
+        vectors[mode], details[mode] = embedder.encode(inputs, think=mode, **options)
+        counts = {"seconds": time.perf_counter() - start, **_counts(details[mode])}
+        figures["modes"][mode] = counts
+        say(
+            f"   {mode:<7}  {counts['decided']:>16}  {counts['closed']:>6}  {counts['fell_back']:>9}  "
+            f"{counts['tokens']:>6}  {counts['seconds']:7.2f}"
         )
-        seconds = time.perf_counter() - start
-        thought = sum(d.thought for d in details[mode])
-        tokens = sum(d.tokens for d in details[mode])
-        figures["modes"][mode] = {"seconds": seconds, "thought": thought, "tokens": tokens}
-        say(f"   {mode:<7} thought on {thought} of {len(inputs)} inputs, {tokens:3d} tokens, {seconds:.2f} s")
+    say(
+        f"   fell back: the thought was not closed within {_MAX_THINK_TOKENS} tokens, so the input got its plain vector"
+    )
     say("\n   gate score  auto      tokens  input")
     for name, detail in zip(names, details["auto"], strict=True):
         decision = "thinks" if detail.thought else "fallback" if detail.fallback else "embeds"
@@ -232,6 +267,15 @@ def _embed(base: Path, twn: Path, inputs: list, names: list[str], say: Say) -> d
     figures["gate_scores"] = dict(zip(names, scores, strict=True))
     figures["shape"] = list(vectors["auto"].shape)
     return figures
+
+
+def _counts(details: list) -> dict[str, int]:
+    """How many inputs were sent to think, how many of the thoughts closed, how many did not."""
+    closed, fell_back = (
+        sum(map(bool, column)) for column in zip(*((d.thought, d.fallback) for d in details), strict=True)
+    )
+    tokens = sum(detail.tokens for detail in details)
+    return {"decided": closed + fell_back, "closed": closed, "fell_back": fell_back, "tokens": tokens}
 
 
 def _timing(directory: Path, say: Say) -> dict:
@@ -246,7 +290,10 @@ def _timing(directory: Path, say: Say) -> dict:
     rows = ["reasoning", "embedding"] * 4
     batch = _text_batch(patched, len(rows), 64)
 
-    def fused(spec):
+    impl = twn_kernels.ops.choice.chosen("auto", _device(), torch.float32)
+    ours = "fused" if impl.impl in _FUSED_IMPLS else "patched"
+
+    def routed(spec):
         with twn_kernels.route(patched, spec):
             return patched(**batch)
 
@@ -259,18 +306,17 @@ def _timing(directory: Path, say: Say) -> dict:
             {
                 "plain model, no adapters": lambda: plain(**batch),
                 "PEFT, one adapter": peft_single,
-                "fused, one adapter": lambda: fused("reasoning"),
+                f"{ours}, one adapter": lambda: routed("reasoning"),
                 "PEFT, rows of both adapters": lambda: peft_model(**batch, adapter_names=rows),
-                "fused, rows of both adapters": lambda: fused(rows),
+                f"{ours}, rows of both adapters": lambda: routed(rows),
             },
             rounds=9,
         )
-    impl = twn_kernels.ops.choice.explain(_device(), torch.float32)
     sizes = ", ".join(f"{name} {value}" for name, value in _TIMING_MODEL.items())
     say(f"\n5. forward of {len(rows)} x 64 tokens through a wider model ({sizes}, rank {_TIMING_RANK}),")
     say("   median of 9 interleaved rounds (20 % … 80 %)")
     for name, timing in timings.items():
-        say(f"   {name:<29} {timing.median_ms:7.2f} ms   ({timing.p20_ms:.2f} … {timing.p80_ms:.2f})")
+        say(f"   {name:<30} {timing.median_ms:7.2f} ms   ({timing.p20_ms:.2f} … {timing.p80_ms:.2f})")
     say(f"   impl: {impl.impl} ({impl.reason}).")
     say("   Times of this machine and this size alone; they say nothing about a GPU.")
     return {name: timing._asdict() for name, timing in timings.items()}

@@ -10,6 +10,7 @@ __all__ = ["check_writable", "claim", "mark"]
 
 # In a README, the one file that a model, an adapter and a TWN directory may hold beside their own.
 _NOTE = "Untrained; written by twn_kernels.testing, which replaces these files when asked to write them again."
+_CARD = "---\ntags:\n- untrained\n---\n\n"  # the hub client complains about a README without
 _READMES = ("README.md", "reasoning/README.md")
 
 
@@ -47,7 +48,7 @@ def claim(directory: str | Path) -> Path:
 def mark(directory: Path) -> None:
     """Write the note by which :func:`check_writable` knows this package's own directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "README.md").write_text(f"{_NOTE}\n", encoding="utf-8")
+    (directory / "README.md").write_text(f"{_CARD}{_NOTE}\n", encoding="utf-8")
 
 
 def _is_ours(path: Path) -> bool:
