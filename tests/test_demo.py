@@ -44,7 +44,7 @@ def test_each_mode_tells_who_decided_who_closed_and_who_fell_back(ran):
     shown = {line.split()[0]: line.split()[1:4] for line in lines if line.split()[:1] and line.split()[0] in modes}
     for mode, counts in modes.items():
         assert shown[mode] == [str(counts[name]) for name in ("decided", "closed", "fell_back")]
-    assert any(line.strip().startswith("fell back: the thought was not closed within 24 tokens") for line in lines)
+    assert any(line.strip().startswith("fell back: no closed thought within 24 tokens") for line in lines)
 
 
 def test_rows_are_called_fused_only_where_a_fused_kernel_ran(ran):

@@ -257,13 +257,11 @@ def _embed(base: Path, twn: Path, inputs: list, names: list[str], say: Say) -> d
             f"   {mode:<7}  {counts['decided']:>16}  {counts['closed']:>6}  {counts['fell_back']:>9}  "
             f"{counts['tokens']:>6}  {counts['seconds']:7.2f}"
         )
-    say(
-        f"   fell back: the thought was not closed within {_MAX_THINK_TOKENS} tokens, so the input got its plain vector"
-    )
-    say("\n   gate score  auto      tokens  input")
+    say(f"   fell back: no closed thought within {_MAX_THINK_TOKENS} tokens, so the input got its plain vector")
+    say("\n   gate score  auto        tokens  input")
     for name, detail in zip(names, details["auto"], strict=True):
-        decision = "thinks" if detail.thought else "fallback" if detail.fallback else "embeds"
-        say(f"   {detail.gate_score:.4f}      {decision:<8}  {detail.tokens:6d}  {name}")
+        decision = "thinks" if detail.thought else "falls back" if detail.fallback else "embeds"
+        say(f"   {detail.gate_score:.4f}      {decision:<10}  {detail.tokens:6d}  {name}")
     figures["gate_scores"] = dict(zip(names, scores, strict=True))
     figures["shape"] = list(vectors["auto"].shape)
     return figures
