@@ -111,11 +111,15 @@ def test_a_gpu_that_torch_does_not_see_is_red(monkeypatch):
     assert check.fix.startswith("install a CUDA build of torch")
 
 
-def test_an_override_that_names_nothing_is_red(monkeypatch):
+def test_an_override_that_cannot_work_is_red(monkeypatch):
     monkeypatch.setenv("TWN_IMPL", "bals")
     check = by_name(doctor._installation(torch.device("cpu")))["TWN_IMPL=bals"]
     assert check.status == doctor.FAIL and "there is no such implementation" in check.detail
     assert check.fix == 'unset TWN_IMPL, or set it to one of these. Did you mean "blas"?'
+    monkeypatch.setenv("TWN_IMPL", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    check = by_name(doctor._installation(torch.device("cpu")))["TWN_IMPL=triton"]
+    assert check.status == doctor.FAIL and check.detail.startswith("it cannot run on cpu: ")
     monkeypatch.setenv("TWN_IMPL", "blas")
     assert by_name(doctor._installation(torch.device("cpu")))["TWN_IMPL=blas"].status == doctor.OK
 

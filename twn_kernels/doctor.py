@@ -106,16 +106,20 @@ def _installation(device: torch.device) -> Iterator[Check]:
     else:
         yield Check("GPU", NOT_AVAILABLE, "the driver lists none; the GPU checks did not run")
     yield _extension(device)
-    yield from _override()
+    yield from _override(device)
 
 
-def _override() -> Iterator[Check]:
+def _override(device: torch.device) -> Iterator[Check]:
     name = impl_override()
     if name is None:
         return
     title = f"{ENV_IMPL}={name}"
     if name in IMPLS:
-        yield Check(title, OK, "every call that leaves the choice open asks for it")
+        reason = None if name == "auto" else choice.unavailable_reason(name, device)
+        if reason is None:
+            yield Check(title, OK, "every call that leaves the choice open asks for it")
+        else:
+            yield Check(title, FAIL, f"it cannot run on {device.type}: {' '.join(reason.split())}", f"unset {ENV_IMPL}")
         return
     detail = f"there is no such implementation; every call that leaves the choice open fails. There are {quoted(IMPLS)}"
     yield Check(title, FAIL, detail, f"unset {ENV_IMPL}, or set it to one of these.{did_you_mean(name, IMPLS)}")
