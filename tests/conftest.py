@@ -121,6 +121,7 @@ def cut_from_nan():
 @pytest.fixture
 def no_sync():
     """Give a context manager under which a CUDA synchronisation by torch is an error; it does nothing on a CPU."""
+
     @contextlib.contextmanager
     def guard():
         if not HAS_GPU:
