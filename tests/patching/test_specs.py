@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from twn_kernels import patch, route, status
-from twn_kernels.patching.names import collapse
+from twn_kernels.checkpoint.names import collapse
 from twn_kernels.patching.specs import FAMILY_SPECS, choose_targets, family_of, follows_rows, in_tower
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 from twn_kernels.testing.tiny_models import FAMILIES, VISION_FAMILIES, tiny_inputs, tiny_model

@@ -15,6 +15,7 @@ import torch
 
 from twn_kernels.checkpoint.adapter_config import AdapterConfig, parse_adapter_config
 from twn_kernels.checkpoint.keys import parse_key
+from twn_kernels.checkpoint.names import collapse
 from twn_kernels.checkpoint.patterns import matches
 from twn_kernels.checkpoint.tensorfile import (
     WEIGHT_DTYPES,
@@ -35,7 +36,6 @@ _WEIGHTS = (
     "adapter_model.bin",
     "adapter_model.bin.index.json",
 )
-_LISTED = 8  # names in one message before the rest is counted
 
 
 class LayerWeights(NamedTuple):
@@ -169,10 +169,8 @@ def _exact(module: str) -> str:
 
 
 def listed(items: Iterable[str]) -> str:
-    """The first few of ``items``, and how many more there are."""
-    names = list(items)
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    """Every one of ``items``; layers that differ in their index alone are one name with a range."""
+    return ", ".join(collapse(items))
 
 
 def is_adapter_dir(path: Path) -> bool:

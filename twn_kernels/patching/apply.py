@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from twn_kernels.checkpoint import Checkpoint, load_checkpoint
+from twn_kernels.checkpoint.names import collapse
 from twn_kernels.errors import OptionError, PatchError, UnsupportedModel, did_you_mean, quoted, reject_unknown
 from twn_kernels.modules.dual_lora_linear import DualLoRALinear, LayerAdapter, check_rank
 from twn_kernels.modules.routing import RouteState, UniformSpec
 from twn_kernels.ops import choice
 from twn_kernels.patching.fit import checksum, fit_checkpoint, layer_adapters
-from twn_kernels.patching.names import collapse
 from twn_kernels.patching.own_forward import drop_bound_forward, has_own_forward
 from twn_kernels.patching.peft_layer import PeftRouteState, dual_peft_linear
 from twn_kernels.patching.peft_sites import adapter_names, holds_peft_layers, peft_sites

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from twn_kernels.checkpoint import Adapter, Checkpoint, match_modules
 from twn_kernels.checkpoint.keys import canonical
+from twn_kernels.checkpoint.names import collapse
 from twn_kernels.errors import CheckpointError
 from twn_kernels.modules.dual_lora_linear import LayerAdapter
-from twn_kernels.patching.names import collapse
 from twn_kernels.patching.specs import output_embeddings
 from twn_kernels.settings import ADAPTERS
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from twn_kernels.checkpoint.names import collapse
 from twn_kernels.errors import PatchError, UnsupportedModel, did_you_mean, quoted
-from twn_kernels.patching.names import collapse
 from twn_kernels.patching.own_forward import has_own_forward
 from twn_kernels.patching.specs import is_plain_linear
 from twn_kernels.settings import ADAPTERS, MAX_RANK

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from twn_kernels.checkpoint.names import collapse
 from twn_kernels.errors import ImplUnavailable
 from twn_kernels.ops import LoRA, choice
-from twn_kernels.patching.names import collapse
 from twn_kernels.patching.record import PatchRecord, find_record
 from twn_kernels.patching.specs import FamilySpec
 from twn_kernels.settings import ADAPTERS
