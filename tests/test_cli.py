@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import failure, report
 
 from twn_kernels.cli import main
 from twn_kernels.testing.tiny_models import tiny_model
@@ -21,20 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return write_twn_directory(tmp_path_factory.mktemp("twn") / "checkpoint", tiny_model("llama"), gate_input="mean")
-
-
-def failure(capsys, *argv: str) -> str:
-    """Run a command that must fail; its one line on stderr."""
-    assert main(list(argv)) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    return line
-
-
-def report(capsys, *argv: str, code: int = 0) -> dict:
-    assert main([*argv, "--json"]) == code
-    return json.loads(capsys.readouterr().out)
 
 
 def test_it_is_a_module_and_states_its_version():

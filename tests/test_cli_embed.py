@@ -7,24 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import failure, report
 
 from twn_kernels.cli import embed, main
 from twn_kernels.errors import InputError
 from twn_kernels.testing.twn_directory import write_twn_directory
-
-
-def failure(capsys, *argv: str) -> str:
-    """Run a command that must fail; its one line on stderr."""
-    assert main(list(argv)) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    return line
-
-
-def report(capsys, *argv: str, code: int = 0) -> dict:
-    assert main([*argv, "--json"]) == code
-    return json.loads(capsys.readouterr().out)
 
 
 def test_text_files_are_lines_or_wholes(tmp_path):
