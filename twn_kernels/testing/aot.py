@@ -29,11 +29,16 @@ __all__ = ["SHARED_MEMORY_BYTES", "AotReport", "AotWorker", "compile_kernel", "s
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA|OMMA|QMMA)\b")
+_BULK_COPY = re.compile(r"\b(UTMALDG|UTMASTG|UBLKCP)\b")
 
 
 @dataclasses.dataclass(frozen=True)
 class AotReport:
-    """What one compiled kernel uses; ``spill_bytes`` is local memory a thread (stack and spills together)."""
+    """What one compiled kernel uses.
+
+    ``spill_bytes`` is local memory a thread (stack and spills together); ``tensor_core`` and ``bulk_copy`` are the
+    mnemonics of tensor-core products and of copies by tensor descriptor that its machine code holds.
+    """
 
     kernel: str
     variant: str
@@ -43,6 +48,7 @@ class AotReport:
     shared_bytes: int
     shared_limit_bytes: int
     tensor_core: tuple[str, ...]
+    bulk_copy: tuple[str, ...]
     local_accesses: int
     instructions: int
     num_warps: int
@@ -103,6 +109,7 @@ def compile_kernel(
         shared_bytes=compiled.metadata.shared,
         shared_limit_bytes=SHARED_MEMORY_BYTES[arch],
         tensor_core=tuple(sorted(set(_TENSOR_CORE.findall(sass)))),
+        bulk_copy=tuple(sorted(set(_BULK_COPY.findall(sass)))),
         local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
         num_warps=num_warps,
@@ -190,7 +197,8 @@ class AotWorker:
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"{variant} does not compile for sm_{arch}: {answer['error']}")
-        return AotReport(**{**answer, "tensor_core": tuple(answer["tensor_core"])})
+        lists = {field: tuple(answer[field]) for field in ("tensor_core", "bulk_copy")}
+        return AotReport(**{**answer, **lists})
 
     def __enter__(self) -> AotWorker:
         return self
