@@ -18,7 +18,9 @@ __all__ = [
     "MissingDependency",
     "OptionError",
     "PatchError",
+    "ResultError",
     "ShapeError",
+    "TableError",
     "TWNError",
     "TWNWarning",
     "UnsupportedModel",
@@ -63,6 +65,14 @@ class CheckpointError(TWNError, ValueError):
 
 class InputError(TWNError, ValueError):
     """Something given to embed cannot be embedded."""
+
+
+class ResultError(TWNError, ValueError):
+    """A benchmark result on disk is missing, damaged or of another schema."""
+
+
+class TableError(TWNError, ValueError):
+    """A data file of the package or of a benchmark has an entry that it may not have."""
 
 
 class MissingDependency(TWNError, ImportError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import importlib
 import importlib.util
@@ -12,8 +13,10 @@ from typing import NamedTuple
 import torch
 
 from twn_kernels.errors import ImplUnavailable, OptionError, did_you_mean, quoted
+from twn_kernels.ops.choice_table import DEFAULT, SITES, Row, packaged
 from twn_kernels.settings import ENV_IMPL, IMPLS, impl_override
 
+_LINEAR = SITES[0]
 _TRITON_MIN_CAPABILITY = (8, 0)  # bf16 tensor cores begin there
 
 
@@ -24,48 +27,75 @@ class Choice(NamedTuple):
     reason: str
 
 
-def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(
+    impl: str, device: torch.device, dtype: torch.dtype, *, site: str | None = None, tokens: int | None = None
+) -> str:
     """The implementation that serves ``impl`` on this device and dtype; asks the device nothing where it can avoid it.
 
+    Args:
+        impl: a name, or ``"auto"``: what ``TWN_IMPL`` says, else what the table of measurements says for the site and
+            the token count, else ``blas``.
+        device, dtype: of ``x``.
+        site: site group (``"qkv"``, ``"o"``, ``"gate_up"``, ``"down"``); None: one linear by itself.
+        tokens: rows of ``x``, a plain integer; None: not known, which no row of the table serves.
+
     Raises:
-        OptionError: no such implementation.
+        OptionError: no such implementation or site.
         ImplUnavailable: a named implementation cannot run here.
+        TableError: the package's table of measurements is damaged.
     """
-    _check_name(impl, "impl")
-    source = "impl="
+    if site is not None and site not in SITES:
+        raise OptionError(f"site must be None or one of {quoted(SITES[1:])}, got {site!r}.{did_you_mean(site, SITES)}")
     if impl == "auto":
         override = impl_override()
         if override is None or override == "auto":
-            return _auto(device, dtype)
+            return _auto(device, dtype, site, tokens)
         _check_name(override, ENV_IMPL)
-        impl, source = override, f"{ENV_IMPL}="
-    # A traced call is checked when it runs: what a device can do is no part of a graph.
-    traced = torch.compiler.is_compiling() and dtype != torch.float64
-    reason = None if traced else unavailable_reason(impl, device, dtype)
-    if reason is not None:
-        other = 'use impl="auto"' if source == "impl=" else f"unset {ENV_IMPL}"
-        raise ImplUnavailable(f'{source}"{impl}" was asked for, but {reason} Or {other} (now: {_auto(device, dtype)}).')
+        _check_available(override, device, dtype, ENV_IMPL)
+        return override
+    _check_name(impl, "impl")
+    _check_available(impl, device, dtype, "impl")
     return impl
 
 
-def chosen(impl: str, device: torch.device, dtype: torch.dtype) -> Choice:
+def requested(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``impl`` for a registered op: a name, checked now; or ``"auto"``, which the op resolves when it runs.
+
+    A traced call must not look at its token count: it is symbolic, and choosing by it would bind the graph to it.
+
+    Raises:
+        As :func:`resolve`.
+    """
+    return impl if impl == "auto" else resolve(impl, device, dtype)
+
+
+def chosen(
+    impl: str, device: torch.device, dtype: torch.dtype, *, site: str | None = None, tokens: int | None = None
+) -> Choice:
     """What :func:`resolve` takes, with the reason; raises as it does."""
-    taken = resolve(impl, device, dtype)
+    taken = resolve(impl, device, dtype, site=site, tokens=tokens)
     if impl != "auto":
         return Choice(taken, f'impl="{impl}" was asked for')
-    return explain(device, dtype) if impl_override() in (None, "auto") else Choice(taken, f"{ENV_IMPL}={taken} is set")
+    if impl_override() not in (None, "auto"):
+        return Choice(taken, f"{ENV_IMPL}={taken} is set")
+    return explain(device, dtype, site=site, tokens=tokens)
 
 
-def explain(device: torch.device | str, dtype: torch.dtype) -> Choice:
-    """What ``impl="auto"`` takes on this device and dtype, and why."""
+def explain(
+    device: torch.device | str, dtype: torch.dtype, *, site: str | None = None, tokens: int | None = None
+) -> Choice:
+    """What ``impl="auto"`` takes here, and why; arguments as in :func:`resolve`.
+
+    Without a token count, the implementation is what serves counts that no row covers, and the reason lists the rows.
+    """
     device = torch.device(device)
     if dtype == torch.float64:
         reason = "float64 is served by the reference alone"
-    elif device.type == "cuda":
-        reason = f"no committed measurement for {_device_name(device)} yet; the vendor GEMM is the safe choice"
-    else:
+    elif device.type != "cuda":
         reason = f"{device.type} runs the vendor GEMM; the fused kernels need a GPU"
-    return Choice(_auto(device, dtype), reason)
+    else:
+        reason = _measured_reason(device, dtype, site or _LINEAR, tokens)
+    return Choice(_auto(device, dtype, site, tokens), reason)
 
 
 def unavailable_reason(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str | None:
@@ -85,6 +115,17 @@ def unavailable_reason(impl: str, device: torch.device | str, dtype: torch.dtype
 def load(impl: str) -> ModuleType:
     """The package of one implementation, imported on first use."""
     return importlib.import_module(f"twn_kernels.impl.{impl}")
+
+
+def _check_available(impl: str, device: torch.device, dtype: torch.dtype, source: str) -> None:
+    # A traced call is checked when it runs: what a device can do is no part of a graph.
+    traced = torch.compiler.is_compiling() and dtype != torch.float64
+    reason = None if traced else unavailable_reason(impl, device, dtype)
+    if reason is None:
+        return
+    other = 'use impl="auto"' if source == "impl" else f"unset {source}"
+    now = _auto(device, dtype, None, None)
+    raise ImplUnavailable(f'{source}="{impl}" was asked for, but {reason} Or {other} (now: {now}).')
 
 
 def _check_name(impl: str, source: str) -> None:
@@ -125,9 +166,61 @@ def _capability(index: int | None) -> tuple[int, int]:
 def _device_name(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+    return f"{torch.cuda.get_device_name(device)} ({_arch(device)})"
 
 
-def _auto(device: torch.device, dtype: torch.dtype) -> str:
-    return "reference" if dtype == torch.float64 else "blas"
+def _auto(device: torch.device, dtype: torch.dtype, site: str | None, tokens: int | None) -> str:
+    if dtype == torch.float64:
+        return "reference"
+    if device.type != "cuda" or tokens is None:
+        return DEFAULT
+    starts, rows = _usable(device, dtype, site or _LINEAR)
+    at = bisect.bisect_right(starts, tokens) - 1
+    return rows[at].impl if at >= 0 and tokens <= rows[at].max_tokens else DEFAULT
+
+
+@functools.cache
+def _usable(device: torch.device, dtype: torch.dtype, site: str) -> tuple[list[int], list[Row]]:
+    """First token counts and rows, in order, of what was measured here and can run here."""
+    rows = [row for row in _rows(device, dtype, site) if unavailable_reason(row.impl, device, dtype) is None]
+    return [row.min_tokens for row in rows], rows
+
+
+def _rows(device: torch.device, dtype: torch.dtype, site: str) -> list[Row]:
+    key = (_arch(device), _short(dtype), site)
+    return sorted((row for row in packaged() if row.key == key), key=lambda row: row.min_tokens)
+
+
+def _measured_reason(device: torch.device, dtype: torch.dtype, site: str, tokens: int | None) -> str:
+    """Why the table gives what it gives on a GPU."""
+    rows = _rows(device, dtype, site)
+    if not rows:
+        others = sorted({row.arch for row in packaged() if row.key[1:] == (_short(dtype), site)})
+        hint = f" (there are measurements of {', '.join(others)}, which are not borrowed)" if others else ""
+        what = f"{site} in {_short(dtype)} on {_device_name(device)}"
+        return f"nothing was measured for {what}{hint}; the vendor GEMM is the safe choice"
+    if tokens is None:
+        return f"by token count: {'; '.join(_row_reason(row, device, dtype) for row in rows)}; {DEFAULT} elsewhere"
+    for row in rows:
+        if row.min_tokens <= tokens <= row.max_tokens:
+            return _row_reason(row, device, dtype)
+    ranges = ", ".join(f"{row.min_tokens} to {row.max_tokens}" for row in rows)
+    return (
+        f"nothing was measured for {site} at {tokens} tokens (measured: {ranges}); the vendor GEMM is the safe choice"
+    )
+
+
+def _row_reason(row: Row, device: torch.device, dtype: torch.dtype) -> str:
+    reason = unavailable_reason(row.impl, device, dtype)
+    fact = f"{row.impl} was the fastest at {row.min_tokens} to {row.max_tokens} tokens ({row.source})"
+    return fact if reason is None else f"{fact}, but cannot run here, so {DEFAULT} serves: {reason.rstrip('.')}"
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    major, minor = _capability(device.index)
+    return f"sm_{major}{minor}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
