@@ -17,6 +17,7 @@ from twn_kernels.ops.choice_table import DEFAULT, SITES, Row, packaged
 from twn_kernels.settings import ENV_IMPL, IMPLS, impl_override
 
 _LINEAR = SITES[0]
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _TRITON_MIN_CAPABILITY = (8, 0)  # bf16 tensor cores begin there
 
 
@@ -187,7 +188,7 @@ def _usable(device: torch.device, dtype: torch.dtype, site: str) -> tuple[list[i
 
 
 def _rows(device: torch.device, dtype: torch.dtype, site: str) -> list[Row]:
-    key = (_arch(device), _short(dtype), site)
+    key = (_arch(device), _dtype_name(dtype), site)
     return sorted((row for row in packaged() if row.key == key), key=lambda row: row.min_tokens)
 
 
@@ -195,9 +196,9 @@ def _measured_reason(device: torch.device, dtype: torch.dtype, site: str, tokens
     """Why the table gives what it gives on a GPU."""
     rows = _rows(device, dtype, site)
     if not rows:
-        others = sorted({row.arch for row in packaged() if row.key[1:] == (_short(dtype), site)})
+        others = sorted({row.arch for row in packaged() if row.key[1:] == (_dtype_name(dtype), site)})
         hint = f" (there are measurements of {', '.join(others)}, which are not borrowed)" if others else ""
-        what = f"{site} in {_short(dtype)} on {_device_name(device)}"
+        what = f"{site} in {_dtype_name(dtype)} on {_device_name(device)}"
         return f"nothing was measured for {what}{hint}; the vendor GEMM is the safe choice"
     if tokens is None:
         return f"by token count: {'; '.join(_row_reason(row, device, dtype) for row in rows)}; {DEFAULT} elsewhere"
@@ -222,5 +223,5 @@ def _arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype) -> str:
+    return _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")

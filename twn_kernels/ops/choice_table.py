@@ -4,7 +4,7 @@ The table is ``choices.json`` beside this file: one JSON object ``{"format": 1, 
 with exactly these fields::
 
     arch        "sm_90": compute capability of the GPU that was measured
-    dtype       "bfloat16", "float16" or "float32": of x and the weights
+    dtype       "bf16", "fp16" or "fp32": of x and the weights
     site        "linear" (one linear by itself) or a site group: "qkv", "o", "gate_up", "down"
     min_tokens  first token count that the row serves, 1 or more
     max_tokens  last one, inclusive
@@ -51,7 +51,7 @@ FORMAT = 1
 PATH = Path(__file__).with_name("choices.json")
 
 ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bf16", "fp16", "fp32")
 SITES = ("linear", "qkv", "o", "gate_up", "down")
 IMPLS = ("blas", "cuda", "triton")
 DEFAULT = "blas"  # what auto takes where no row says otherwise
