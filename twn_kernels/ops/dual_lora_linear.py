@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twn_kernels.ops import schema
 from twn_kernels.ops.autocast import autocast_is_on
-from twn_kernels.ops.choice import resolve
+from twn_kernels.ops.choice import requested
 from twn_kernels.ops.lora import LoRA
 from twn_kernels.ops.plan import RoutePlan
 from twn_kernels.ops.validation import check_call, check_kinds
@@ -49,6 +49,7 @@ def dual_lora_linear(
     Raises:
         ShapeError, DtypeError, DeviceError, OptionError: an argument breaks the contract above.
         ImplUnavailable: ``impl`` was named and cannot run here; the message says why.
+        TableError: the table of measurements that ``"auto"`` follows is damaged.
 
     Numerics: fp32 accumulation, one final rounding; ``scaling * A @ x`` is rounded once to the adapter's dtype. NaN or
     Inf in a row, or in an adapter that the row does not use, never reaches another row. A row that uses an adapter
@@ -90,7 +91,7 @@ def flat_arguments(x, weight, bias, reasoning, embedding, plan, dropout, impl) -
         x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight, None if bias is None else bias.contiguous(),
         A_r, B_r, A_e, B_e, float(scaling_r), float(scaling_e),
         plan.routes, present, plan.is_uniform, dropout_r, dropout_e, seed,
-        resolve(impl, x.device, x.dtype),
+        requested(impl, x.device, x.dtype),
     )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ def _runs(function: str):
     def run(
         x, weight, bias, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present, is_uniform, p_r, p_e, seed, impl
     ):  # fmt: skip
+        impl = _resolved(impl, x, measured=function == "forward")
         routes = _routes(impl, routes, is_uniform)
         with without_autocast(x.device):
             return getattr(choice.load(impl), function)(
@@ -77,12 +78,20 @@ def _backward(
     dy, dy_r, dy_e, x, weight, A_r, B_r, A_e, B_e, scaling_r, scaling_e, s, routes, present, is_uniform,
     dropout_r, dropout_e, seed, needs, impl,
 ):  # fmt: skip
+    impl = _resolved(impl, x, measured=dy_r is None)
     with without_autocast(x.device):
         grads = choice.load(impl).backward(
             dy, dy_r, dy_e, x, weight, A_r, B_r, A_e, B_e, scaling_r, scaling_e, s, _routes(impl, routes, is_uniform),
             present, dropout_r, dropout_e, seed, tuple(needs),
         )  # fmt: skip
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _resolved(impl: str, x: Tensor, *, measured: bool) -> str:
+    """What serves ``"auto"``, now that the token count is a number; the fan-out borrows no measurement of the linear."""
+    if impl != "auto":
+        return impl
+    return choice.resolve(impl, x.device, x.dtype, tokens=x.shape[0] if measured else None)
 
 
 def _routes(impl: str, routes: Tensor, is_uniform: bool) -> Tensor | None:

@@ -29,16 +29,16 @@ def check_call(
     Raises:
         ShapeError, DtypeError, DeviceError, OptionError: see the op's docstring.
     """
-    _check_base(x, weight, bias)
+    check_base(x, weight, bias)
     for name, lora in (("reasoning", reasoning), ("embedding", embedding)):
         if lora is not None:
-            _check_lora(name, lora, x, weight)
+            check_lora(name, lora, x, weight)
     if reasoning is not None and embedding is not None and reasoning.A.dtype != embedding.A.dtype:
         raise DtypeError(
             f"both adapters must have one dtype, got reasoning {reasoning.A.dtype} and embedding {embedding.A.dtype}. "
             "Convert one of them."
         )
-    _check_plan(plan, x)
+    check_plan(plan, x)
     _check_dropout(dropout)
 
 
@@ -78,29 +78,31 @@ def check_kinds(
         raise OptionError(f"dropout must be two probabilities, one an adapter, got {dropout!r}.")
 
 
-def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, of: str = "") -> None:
+    """Raise where a frozen linear layer does not fit ``x``; ``of`` goes before the names of its tensors."""
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(
-            "x must be [..., in_features] and weight [out_features, in_features] with the same in_features, got "
+            f"x must be [..., in_features] and {of}weight [out_features, in_features] with the same in_features, got "
             f"x {list(x.shape)} and weight {list(weight.shape)}."
         )
     if x.dtype not in _FLOATS:
         raise DtypeError(f"x must be float32, float16 or bfloat16 (float64 on the reference), got {x.dtype}.")
     if weight.dtype != x.dtype:
-        raise DtypeError(f"weight must have the dtype of x ({x.dtype}), got {weight.dtype}. Convert one of them.")
+        raise DtypeError(f"{of}weight must have the dtype of x ({x.dtype}), got {weight.dtype}. Convert one of them.")
     if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ShapeError(f"x must have a contiguous last dimension, got strides {x.stride()}. Call x.contiguous().")
-    _same_device("weight", weight, x)
+    same_device(f"{of}weight", weight, x)
     if bias is None:
         return
     if bias.shape != (weight.shape[0],):
-        raise ShapeError(f"bias must be [{weight.shape[0]}] (out_features of weight), got {list(bias.shape)}.")
+        raise ShapeError(f"{of}bias must be [{weight.shape[0]}] (out_features of weight), got {list(bias.shape)}.")
     if bias.dtype != x.dtype:
-        raise DtypeError(f"bias must have the dtype of x ({x.dtype}), got {bias.dtype}. Convert one of them.")
-    _same_device("bias", bias, x)
+        raise DtypeError(f"{of}bias must have the dtype of x ({x.dtype}), got {bias.dtype}. Convert one of them.")
+    same_device(f"{of}bias", bias, x)
 
 
-def _check_lora(name: str, lora: LoRA, x: Tensor, weight: Tensor) -> None:
+def check_lora(name: str, lora: LoRA, x: Tensor, weight: Tensor) -> None:
+    """Raise where an adapter does not fit the linear layer of ``weight``; ``name`` goes into the message."""
     out_features, in_features = weight.shape
     if lora.A.dim() != 2 or lora.A.shape[1] != in_features:
         raise ShapeError(f"{name}.A must be [rank, {in_features}] (in_features of weight), got {list(lora.A.shape)}.")
@@ -119,10 +121,11 @@ def _check_lora(name: str, lora: LoRA, x: Tensor, weight: Tensor) -> None:
             raise DtypeError(
                 f"{name}.{part} must be {names} next to an x of {x.dtype}, A and B alike, got {tensor.dtype}."
             )
-        _same_device(f"{name}.{part}", tensor, x)
+        same_device(f"{name}.{part}", tensor, x)
 
 
-def _check_plan(plan: RoutePlan, x: Tensor) -> None:
+def check_plan(plan: RoutePlan, x: Tensor) -> None:
+    """Raise where a plan is malformed, or covers other tokens than those of ``x``."""
     routes = plan.routes
     if not isinstance(routes, Tensor) or routes.dtype != torch.int8 or routes.dim() != 1 or not routes.is_contiguous():
         got = f"{routes.dtype} {list(routes.shape)}" if isinstance(routes, Tensor) else type(routes).__name__
@@ -135,7 +138,7 @@ def _check_plan(plan: RoutePlan, x: Tensor) -> None:
             f"plan covers {plan.tokens} tokens but x has {tokens} ({list(x.shape)}). "
             "Build the plan from the same batch."
         )
-    _same_device("plan.routes", plan.routes, x)
+    same_device("plan.routes", plan.routes, x)
 
 
 def _check_dropout(dropout: tuple[float, float]) -> None:
@@ -145,6 +148,7 @@ def _check_dropout(dropout: tuple[float, float]) -> None:
         )
 
 
-def _same_device(name: str, tensor: Tensor, x: Tensor) -> None:
+def same_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise where a tensor is not on the device of ``x``."""
     if tensor.device != x.device:
         raise DeviceError(f"{name} must be on the device of x ({x.device}), got {tensor.device}. Move one of them.")
