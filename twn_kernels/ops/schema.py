@@ -88,7 +88,7 @@ def _backward(
 
 
 def _resolved(impl: str, x: Tensor, *, measured: bool) -> str:
-    """What serves ``"auto"``, now that the token count is a number; the fan-out borrows no measurement of the linear."""
+    """What serves ``"auto"``, now that the token count is known; the fan-out borrows no measurement of the linear."""
     if impl != "auto":
         return impl
     return choice.resolve(impl, x.device, x.dtype, tokens=x.shape[0] if measured else None)
