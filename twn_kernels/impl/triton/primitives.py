@@ -64,11 +64,15 @@ def dropout_keep(row_hash, features, threshold):
 
 @triton.jit
 def grouped_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """``(tile row, tile column)`` of this program: columns are walked in bands of ``GROUP_M`` tile rows, so that the
-    programs that run together share weight tiles in L2."""
-    tile = tl.program_id(0)
-    rows = tl.cdiv(M, BLOCK_M)
-    band = GROUP_M * tl.cdiv(N, BLOCK_N)
+    """``(tile row, tile column)`` of this program in the order of :func:`grouped_position`."""
+    return grouped_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+
+
+@triton.jit
+def grouped_position(tile, rows, columns, GROUP_M: tl.constexpr):
+    """``(tile row, tile column)`` of the tile with this number among ``rows`` x ``columns``: columns are walked in
+    bands of ``GROUP_M`` tile rows, so that the tiles that run together share weight tiles in L2."""
+    band = GROUP_M * columns
     first = tile // band * GROUP_M
     height = tl.minimum(rows - first, GROUP_M)
     within = tile % band
