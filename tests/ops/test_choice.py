@@ -11,7 +11,15 @@ import torch
 from cases import Case, tensors
 
 from twn_kernels.errors import ImplUnavailable, OptionError, TableError
-from twn_kernels.ops import RoutePlan, choice, choice_table, dual_lora_linear, dual_lora_linear_fanout
+from twn_kernels.ops import (
+    Projection,
+    RoutePlan,
+    choice,
+    choice_table,
+    dual_lora_group,
+    dual_lora_linear,
+    dual_lora_linear_fanout,
+)
 
 SOURCE = "bench/results/nvidia-h200/20260101-abc.json"
 CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16
@@ -246,20 +254,30 @@ CASE = Case(9, 16, 8, 3, 5, torch.float32, "mixed")
 
 @pytest.fixture
 def by_count(monkeypatch):
-    """Make auto choose by the token count, as a table does on a GPU; counts what it was asked."""
+    """Count what auto is asked, as a table would be on a GPU; a count that is a symbol would show as one."""
     asked = Counter()
 
     def auto(device, dtype, site, tokens):
-        asked[tokens] += 1
-        if tokens is None:
-            return "blas"
-        return "reference" if int(tokens) < 8 else "blas"
+        asked[tokens if site is None else (site, tokens)] += 1
+        return "reference"
 
     monkeypatch.setattr(choice, "_auto", auto)
     return asked
 
 
-def test_a_traced_call_is_chosen_when_it_runs_and_binds_no_graph_to_its_token_count(by_count, device):
+def _linear(inputs, x, routes):
+    return dual_lora_linear(**inputs | {"x": x}, plan=RoutePlan(routes))
+
+
+def _group(inputs, x, routes):
+    projection = Projection(*(inputs[name] for name in ("weight", "bias", "reasoning", "embedding")))
+    return dual_lora_group(x, [projection], RoutePlan(routes), site="down")[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "key"), [(_linear, lambda t: t), (_group, lambda t: ("down", t))], ids=["linear", "group"]
+)
+def test_a_traced_call_is_chosen_when_it_runs_and_binds_no_graph_to_its_token_count(layer, key, by_count, device):
     inputs = tensors(CASE, device)
     graphs = []
 
@@ -267,16 +285,14 @@ def test_a_traced_call_is_chosen_when_it_runs_and_binds_no_graph_to_its_token_co
         graphs.append(module)
         return module.forward
 
-    def layer(x, routes):
-        return dual_lora_linear(**inputs | {"x": x}, plan=RoutePlan(routes))
-
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(lambda x, routes: layer(inputs, x, routes), fullgraph=True, dynamic=True, backend=backend)
     for tokens in (6, 9, 13, 7):
         x, routes = torch.randn(tokens, 16, device=device), torch.ones(tokens, dtype=torch.int8, device=device)
         by_count.clear()
-        compiled(x, routes)
-        assert by_count == {tokens: 1}, "resolved once, at run time, with this call's own count"
+        with torch.no_grad():
+            compiled(x, routes)
+        assert by_count == {key(tokens): 1}, "resolved once, at run time, with this call's own count"
     torch._dynamo.reset()
     assert len(graphs) == 1
 

@@ -45,8 +45,7 @@ def resolve(
         ImplUnavailable: a named implementation cannot run here.
         TableError: the package's table of measurements is damaged.
     """
-    if site is not None and site not in SITES:
-        raise OptionError(f"site must be None or one of {quoted(SITES[1:])}, got {site!r}.{did_you_mean(site, SITES)}")
+    _check_site(site)
     if impl == "auto":
         override = impl_override()
         if override is None or override == "auto":
@@ -59,7 +58,7 @@ def resolve(
     return impl
 
 
-def requested(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def requested(impl: str, device: torch.device, dtype: torch.dtype, site: str | None = None) -> str:
     """``impl`` for a registered op: a name, checked now; or ``"auto"``, which the op resolves when it runs.
 
     A traced call must not look at its token count: it is symbolic, and choosing by it would bind the graph to it.
@@ -67,6 +66,7 @@ def requested(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         As :func:`resolve`.
     """
+    _check_site(site)
     return impl if impl == "auto" else resolve(impl, device, dtype)
 
 
@@ -116,6 +116,11 @@ def unavailable_reason(impl: str, device: torch.device | str, dtype: torch.dtype
 def load(impl: str) -> ModuleType:
     """The package of one implementation, imported on first use."""
     return importlib.import_module(f"twn_kernels.impl.{impl}")
+
+
+def _check_site(site: str | None) -> None:
+    if site is not None and site not in SITES:
+        raise OptionError(f"site must be None or one of {quoted(SITES[1:])}, got {site!r}.{did_you_mean(site, SITES)}")
 
 
 def _check_available(impl: str, device: torch.device, dtype: torch.dtype, source: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twn_kernels.ops import group_schema
 from twn_kernels.ops.autocast import autocast_is_on
-from twn_kernels.ops.choice import resolve
+from twn_kernels.ops.choice import requested
 from twn_kernels.ops.dual_lora_linear import autocast_like_linear
 from twn_kernels.ops.group_validation import check_group
 from twn_kernels.ops.plan import RoutePlan
@@ -30,6 +30,7 @@ def dual_lora_group(
     impl: str = "auto",
     site: str | None = None,
     packed: Sequence[Tensor] = (),
+    split: bool = True,
 ) -> tuple[Tensor, ...]:
     """Up to three frozen linears that read the same input, with the adapters that each token's route selects.
 
@@ -52,9 +53,11 @@ def dual_lora_group(
         impl: as in :func:`~twn_kernels.ops.dual_lora_linear`.
         site: ``"qkv"``, ``"o"``, ``"gate_up"`` or ``"down"``: which row of the measurements ``impl="auto"`` follows.
         packed: what ``impl="blas"`` made of the group's weights beforehand; empty: nothing.
+        split: False: the outputs side by side, as a later ``gated`` call reads gate and up.
 
     Returns:
-        One ``[..., out_features_i]`` a projection (views of one buffer), or one tensor alone with ``swiglu``.
+        One ``[..., out_features_i]`` a projection (views of one buffer), or one tensor alone with ``swiglu`` or without
+        ``split``.
 
     Raises:
         ShapeError, DtypeError, DeviceError, OptionError: an argument breaks the contract above.
@@ -97,7 +100,7 @@ def dual_lora_group(
         weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
         y = group_schema.inference(flat, weight, eps, gated, swiglu, added, *layers)
         y = y.view(*lead, y.shape[1])
-    if swiglu or len(projections) == 1:
+    if swiglu or not split or len(projections) == 1:
         return (y,)
     return y.split([projection.weight.shape[0] for projection in projections], dim=-1)
 
@@ -121,7 +124,7 @@ def _flat_layers(x: Tensor, projections, plan: RoutePlan | None, packed, impl: s
     routes, is_uniform = (None, False) if plan is None else (plan.routes, plan.is_uniform)
     return (
         [projection.weight for projection in projections], biases, A_r, B_r, A_e, B_e, scaling_r, scaling_e,
-        routes, present, is_uniform, list(packed), resolve(impl, x.device, x.dtype), site,
+        routes, present, is_uniform, list(packed), requested(impl, x.device, x.dtype, site), site,
     )  # fmt: skip
 
 

@@ -75,7 +75,10 @@ def _plain_eager(args) -> bool:
 
 
 def _implementation(impl: str, x: Tensor, site: str | None):
-    return choice.load(choice.resolve(impl, x.device, x.dtype))
+    # Here and not where the op is called: a traced call must not look at its token count.
+    if impl == "auto":
+        impl = choice.resolve(impl, x.device, x.dtype, site=site, tokens=x.shape[0])
+    return choice.load(impl)
 
 
 def _routes(module, routes: Tensor | None, present: int, is_uniform: bool) -> Tensor | None:
