@@ -54,7 +54,7 @@ class Backbone:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.whole = whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.head = getattr(whole, "get_output_embeddings", lambda: None)()
         self.inner = getattr(whole, getattr(whole, "base_model_prefix", "") or "model", None)
         self.embeddings = getattr(whole, "get_input_embeddings", lambda: None)()
@@ -168,12 +168,13 @@ class Backbone:
         media = {name: value for name, value in prompt.media.items() if name in known}
         return self._run(self.inner if media else self.decoder, embeds, mask, positions, cache, **media)
 
-    def continue_(self, embeds: Tensor, mask: Tensor, first: Tensor, cache) -> Tensor:
+    def continue_(self, embeds: Tensor, mask: Tensor | dict[str, Tensor], first: Tensor, cache) -> Tensor:
         """Hidden states of text vectors after what the cache holds.
 
         Args:
             embeds: ``[batch, count, hidden]``.
-            mask: ``[batch, cached + count]``.
+            mask: ``[batch, cached + count]``; or prepared as the attention takes it, ``[batch, 1, count, columns]``,
+                one for all layers or one for each kind of layer.
             first: ``[batch]`` position of the first vector.
             cache: extended by ``count``.
 
@@ -205,7 +206,9 @@ class Backbone:
             logits = logits / self.config.logits_scaling
         cap = getattr(self.config, "final_logit_softcapping", None)
         logits = torch.tanh(logits / cap) * cap if cap else logits
-        logits[:, self._never_written] = -torch.inf
+        # One fill each: a list of indices would be copied to the device, which a CUDA graph cannot capture.
+        for token in self._never_written:
+            logits.select(1, token).fill_(-torch.inf)
         return logits
 
 

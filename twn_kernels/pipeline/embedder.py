@@ -19,6 +19,8 @@ from twn_kernels.modules import QueryBank
 from twn_kernels.ops import pool_queries
 from twn_kernels.pipeline import loading
 from twn_kernels.pipeline.backbone import Backbone
+from twn_kernels.pipeline.decode_choice import DecodeChoice, check_mode
+from twn_kernels.pipeline.decoding import Decoding
 from twn_kernels.pipeline.graphs import BatchResult, Method, Thinking, run_batch
 from twn_kernels.pipeline.inputs import EncodedBatch, as_list
 from twn_kernels.pipeline.options import EncodeDetails, EncodeOptions
@@ -34,7 +36,7 @@ _OPTIONS = [
     *("convert_to_tensor", "think", "think_threshold", "max_think_tokens", "return_details"),
 ]
 _LOADING_OPTIONS = [
-    *("processor", "dtype", "device", "impl", "prompts", "max_image_pixels", "seed"),
+    *("processor", "dtype", "device", "impl", "prompts", "max_image_pixels", "seed", "decode"),
     *("revision", "token", "cache_dir", "local_files_only"),
 ]
 
@@ -48,6 +50,7 @@ class TWNEmbedder:
         processor: turns inputs into tensors.
         prompts: instruction by name, used by ``encode_query`` (``"query"``) and ``encode_document`` (``"document"``).
         seed: of the generator that samples thoughts where the configuration asks for sampling.
+        decode: how thoughts are decoded, as in :meth:`from_pretrained`.
 
     Attributes:
         model, checkpoint, processor, prompts, seed: as given.
@@ -62,6 +65,7 @@ class TWNEmbedder:
         *,
         prompts: Mapping[str, str] | None = None,
         seed: int = 0,
+        decode: str = "auto",
     ) -> None:
         checkpoint.require("queries")
         self.model, self.checkpoint, self.processor = model.eval(), checkpoint, processor
@@ -76,6 +80,7 @@ class TWNEmbedder:
                 f"{f' ({checkpoint.base_model_name})' if checkpoint.base_model_name else ''}."
             )
         self._gate = loading.gate_module(checkpoint, self._backbone)
+        self._decoding = Decoding(self._backbone, decode)
 
     @classmethod
     def from_pretrained(
@@ -90,6 +95,7 @@ class TWNEmbedder:
         prompts: Mapping[str, str] | None = None,
         max_image_pixels: int | None = None,
         seed: int = 0,
+        decode: str = "auto",
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | PathLike | None = None,
@@ -109,15 +115,22 @@ class TWNEmbedder:
             prompts: instruction by name; ``encode_query`` uses ``"query"``, ``encode_document`` ``"document"``.
             max_image_pixels: larger images are refused before they are decoded; None: the default of the inputs.
             seed: for sampled thoughts.
+            decode: how thoughts are decoded. ``"dynamic"``: a cache that grows, one launch after another.
+                ``"static"``: a cache of fixed size and buffers of fixed address. ``"cuda_graph"``: the same, each step
+                replayed from a CUDA graph. ``"auto"``: a CUDA graph on a GPU where the model allows one, else dynamic;
+                :attr:`decode_choice` says which and why. The named ones never fall back. The buffers stay allocated
+                between calls; :meth:`free_decode_buffers` returns them.
             revision, token, cache_dir, local_files_only: for hub ids, as in transformers; for both.
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another base.
             UnsupportedModel, PatchError: the model cannot be patched or is no decoder.
             MissingDependency: transformers is absent or too old.
+            ImplUnavailable: a named ``impl`` or ``decode`` cannot run here; the message says why.
             OptionError: an argument is unknown or of the wrong kind.
         """
         reject_unknown(unknown, _LOADING_OPTIONS, "from_pretrained")
+        check_mode(decode)
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = load_checkpoint(checkpoint, **hub)
@@ -127,12 +140,21 @@ class TWNEmbedder:
             processor = loading.processor_source(base, model)
         loaded = load_processor(processor, max_image_pixels=max_image_pixels, **hub)
         loading.patch_for(model, checkpoint, impl)
-        return cls(model, checkpoint, loaded, prompts=prompts, seed=seed)
+        return cls(model, checkpoint, loaded, prompts=prompts, seed=seed, decode=decode)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self._backbone.device
+
+    @property
+    def decode_choice(self) -> DecodeChoice:
+        """How thoughts would be decoded now, and why: ``mode`` and ``reason``."""
+        return self._decoding.choice
+
+    def free_decode_buffers(self) -> None:
+        """Free the memory that decoding keeps between calls (fixed caches and CUDA graphs)."""
+        self._decoding.release()
 
     def get_sentence_embedding_dimension(self) -> int:
         """Width of a vector."""
@@ -245,6 +267,7 @@ class TWNEmbedder:
             config,
             processor.token_ids(config.think_prompt),
             lambda whole, rows, suffixes: whole.extended(rows, suffixes),
+            self._decoding,
             loading.routes_media(self.model),
         )
         rule = StopRule(
@@ -278,5 +301,6 @@ def _details(result: BatchResult, count: int) -> Sequence[EncodeDetails]:
         if thought is None:
             details.append(EncodeDetails(score, False))
         else:
-            details.append(EncodeDetails(score, thought.broken is None, thought.text, len(thought.ids), thought.broken))
+            closed, count = thought.broken is None, len(thought.ids)
+            details.append(EncodeDetails(score, closed, thought.text, count, thought.broken, thought.decode))
     return details

@@ -17,6 +17,7 @@ import twn_kernels.patching as patching
 from twn_kernels.checkpoint import TWNConfig
 from twn_kernels.modules import GateMLP, QueryBank
 from twn_kernels.pipeline.backbone import Backbone, Prompt, roll_back
+from twn_kernels.pipeline.decoding import Decoding
 from twn_kernels.pipeline.thinking import Running, StopRule, Thought, advance, think
 from twn_kernels.settings import EMBEDDING, REASONING, ROUTE_BITS
 
@@ -36,6 +37,7 @@ class Method:
         config: how the method runs.
         opening: token ids that open a thought.
         extend: ``(batch, rows, suffixes)`` to a batch of those rows with token ids appended to each.
+        decoding: how thoughts are decoded.
         routes_media: whether adapters touch layers whose tokens do not follow the batch's rows (a vision tower).
     """
 
@@ -45,6 +47,7 @@ class Method:
     config: TWNConfig
     opening: list[int]
     extend: Callable[[Batch, list[int], list[list[int]]], Batch]
+    decoding: Decoding
     routes_media: bool = False
 
 
@@ -101,6 +104,7 @@ def run_batch(method: Method, batch: Batch, thinking: Thinking, phase: Callable[
         # The queries were the last tokens of every row: forgetting them leaves the prompt's cache.
         roll_back(cache, method.queries.num_queries)
         running = _running(method, prompt, cache, prompt_state).select(chosen)
+        del cache
         thoughts = _think_on_cache(method, running, states, thinking, phase)
     else:
         thoughts = _think_and_reencode(method, batch, chosen, states, thinking, phase)
@@ -141,6 +145,7 @@ def _think(method: Method, running: Running, thinking: Thinking, finished, phase
     phase(f"think 0/{total}")
     if method.opening:
         advance(method.backbone, running, [method.opening] * total)
+    running = method.decoding.begin(running, thinking.rule.limit)
     return think(
         method.backbone, running, thinking.rule, thinking.choose, finished, lambda done: phase(f"think {done}/{total}")
     )

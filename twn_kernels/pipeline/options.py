@@ -25,6 +25,8 @@ class EncodeDetails:
         text: the thought, without what opens and closes it; None where the input was not sent to think.
         tokens: tokens that were decoded for it.
         fallback: why a thought was begun and yet the plain embedding returned; None otherwise.
+        decode: how the thought was decoded: ``"cuda_graph"``, ``"static"`` or ``"dynamic"`` (why:
+            ``TWNEmbedder.decode_choice``); None where the input was not sent to think.
     """
 
     gate_score: float | None
@@ -32,6 +34,7 @@ class EncodeDetails:
     text: str | None = None
     tokens: int = 0
     fallback: str | None = None
+    decode: str | None = None
 
 
 @dataclass(frozen=True)

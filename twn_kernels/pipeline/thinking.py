@@ -1,7 +1,8 @@
 """The decode loop: write thoughts for a batch under ``reasoning``, and hand each row over the moment it ends.
 
 Rows end on their own: a stop closes the thought, the cap or an early end-of-sequence breaks it. Ended rows leave the
-batch, so the remaining ones decode in a smaller one. Knows nothing of embeddings.
+batch, so the remaining ones decode in a smaller one. Knows nothing of embeddings, nor how a step is run: a
+:class:`Running` grows its cache, a :class:`StaticRunning` steps on buffers that stay where they are.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from torch import Tensor
 
 import twn_kernels.patching as patching
 from twn_kernels.pipeline.backbone import Backbone, rows_of
+from twn_kernels.pipeline.decode_graph import DecodeGraph
+from twn_kernels.pipeline.static_cache import as_index
 from twn_kernels.settings import REASONING
 
-__all__ = ["Running", "StopRule", "Thought", "think"]
+__all__ = ["Running", "StaticRunning", "StopRule", "Thought", "think"]
 
 
 @dataclass
@@ -27,11 +30,13 @@ class Thought:
         ids: sampled token ids, the closing ones included.
         text: what was written before the stop.
         broken: why the thought cannot be used, or None.
+        decode: how it was decoded: ``"dynamic"``, ``"static"`` or ``"cuda_graph"``.
     """
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
     broken: str | None = None
+    decode: str = "dynamic"
 
 
 @dataclass
@@ -52,9 +57,11 @@ class Running:
     next_position: Tensor
     logits: Tensor
 
+    mode = "dynamic"
+
     def select(self, keep: Sequence[int]) -> Running:
         """These rows alone, by place in this batch; the tensors are copies."""
-        index = torch.tensor(list(keep), dtype=torch.long, device=self.mask.device)
+        index = as_index(keep, self.mask.device)
         return Running(
             [self.rows[i] for i in keep],
             rows_of(self.cache, index),
@@ -62,6 +69,57 @@ class Running:
             self.next_position[index],
             self.logits[index],
         )
+
+    def keep(self, places: Sequence[int]) -> Running:
+        """The batch of the rows that go on; this one is consumed."""
+        return self.select(places) if places else Running([], None, *[self.mask[:0]] * 3)
+
+    def advance(self, backbone: Backbone, ids: Tensor) -> None:
+        """Extend every row by its tokens under ``reasoning``; in place.
+
+        Args:
+            backbone: of the patched model.
+            ids: int64 ``[rows, count]``.
+        """
+        self.mask = torch.cat([self.mask, self.mask.new_ones(ids.shape)], dim=1)
+        with patching.route(backbone.model, REASONING):
+            hidden = backbone.continue_(backbone.embeddings(ids), self.mask, self.next_position, self.cache)
+        self.next_position = self.next_position + ids.shape[1]
+        self.logits = backbone.logits(hidden[:, -1])
+
+
+class StaticRunning:
+    """The same batch on the buffers of a :class:`DecodeGraph`; what it was before is consumed.
+
+    Args:
+        running: the batch.
+        graph: its buffers are taken over.
+        room: steps that a row may still take.
+    """
+
+    def __init__(self, running: Running, graph: DecodeGraph, room: int) -> None:
+        graph.load(running.cache, running.mask, running.next_position, room=room, routes=REASONING)
+        self.rows, self.logits, self.graph = running.rows, running.logits, graph
+        running.cache = None
+
+    @property
+    def mode(self) -> str:
+        return "cuda_graph" if self.graph.capture else "static"
+
+    def select(self, keep: Sequence[int]) -> Running:
+        """These rows alone, by place in this batch, on a cache of their own that holds nothing else."""
+        rows = [self.rows[place] for place in keep]
+        return Running(rows, *self.graph.take(keep), self.logits[as_index(keep, self.logits.device)])
+
+    def keep(self, places: Sequence[int]) -> StaticRunning:
+        """The batch of the rows that go on, on the same buffers; nothing is copied until the batch has halved."""
+        self.rows = [self.rows[place] for place in places]
+        self.graph.keep(places)
+        return self
+
+    def advance(self, backbone: Backbone, ids: Tensor) -> None:
+        """Extend every row by one token; ``ids`` ``[rows, 1]``."""
+        self.logits = self.graph.step(ids[:, 0])
 
 
 class StopRule:
@@ -121,7 +179,7 @@ class StopRule:
 @torch.no_grad()
 def think(
     backbone: Backbone,
-    running: Running,
+    running: Running | StaticRunning,
     rule: StopRule,
     choose: Callable[[Tensor], Tensor],
     finished: Callable[[Running, list[int]], None],
@@ -144,10 +202,12 @@ def think(
     thoughts = {row: Thought() for row in running.rows}
     total = len(thoughts)
     while running.rows:
-        tokens = choose(running.logits).tolist()
+        chosen = choose(running.logits)
+        tokens = chosen.tolist()
         closed, going = [], []
         for place, (row, token) in enumerate(zip(running.rows, tokens, strict=True)):
             thoughts[row].ids.append(token)
+            thoughts[row].decode = running.mode
             if not rule.ended(thoughts[row]):
                 going.append(place)
             elif thoughts[row].broken is None:
@@ -155,18 +215,14 @@ def think(
         if closed:
             finished(running.select(closed), [tokens[place] for place in closed])
         if len(going) < len(running.rows):
-            running = running.select(going) if going else Running([], None, *[running.mask[:0]] * 3)
+            running = running.keep(going)
+            chosen = chosen[as_index(going, chosen.device)]
             progress(total - len(going))
         if going:
-            advance(backbone, running, [[tokens[place]] for place in going])
+            running.advance(backbone, chosen[:, None])
     return thoughts
 
 
 def advance(backbone: Backbone, running: Running, tokens: list[list[int]]) -> None:
     """Extend every row by its tokens (equally many) under ``reasoning``; in place."""
-    ids = torch.tensor(tokens, dtype=torch.long, device=running.mask.device)
-    running.mask = torch.cat([running.mask, running.mask.new_ones(ids.shape)], dim=1)
-    with patching.route(backbone.model, REASONING):
-        hidden = backbone.continue_(backbone.embeddings(ids), running.mask, running.next_position, running.cache)
-    running.next_position = running.next_position + ids.shape[1]
-    running.logits = backbone.logits(hidden[:, -1])
+    running.advance(backbone, torch.tensor(tokens, dtype=torch.long, device=running.mask.device))
