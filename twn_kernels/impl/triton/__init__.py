@@ -4,5 +4,6 @@ The portable GPU implementation (Ampere and newer) and the training kernels. On 
 """
 
 from twn_kernels.impl.triton.launch import backward, fanout, forward
+from twn_kernels.impl.triton.produce import produce_
 
-__all__ = ["backward", "fanout", "forward"]
+__all__ = ["backward", "fanout", "forward", "produce_"]
