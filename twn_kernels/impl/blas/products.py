@@ -7,6 +7,8 @@ output accumulates both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,27 @@ def rounded_mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return wide_mm(a, b).to(dtype)
 
 
-def joined_product(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, matrix: Tensor) -> Tensor:
+def summed_products(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """``sum of a @ b`` over pairs ``[M, K_i], [K_i, N]``, accumulated in fp32 and rounded once to ``dtype``."""
+    a, b = pairs[0]
+    if len(pairs) == 1:
+        return rounded_mm(a, b, dtype)
+    if dtype in _WIDE:
+        y = a.to(dtype) @ b.to(dtype)
+        for a, b in pairs[1:]:
+            y.addmm_(a.to(dtype), b.to(dtype))
+        return y
+    if all(part.dtype == dtype for pair in pairs for part in pair) and not _accumulates_cheaper(a):
+        return torch.cat([a for a, _ in pairs], dim=1) @ torch.cat([b for _, b in pairs])
+    y = wide_mm(a, b)
+    for a, b in pairs[1:]:
+        y += wide_mm(a, b)
+    return y.to(dtype)
+
+
+def joined_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, matrix: Tensor, out: Tensor | None = None
+) -> Tensor:
     """``x weight^T + low matrix^T + bias`` with one rounding.
 
     Args:
@@ -40,16 +62,26 @@ def joined_product(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, 
         bias: ``[out_features]`` or None.
         low: ``[tokens, rank]``; dtype of ``x`` or fp32.
         matrix: ``[out_features, rank]``; dtype of ``low``.
+        out: where to write; any row pitch.
 
     Returns:
         ``[tokens, out_features]`` in the dtype of ``x``.
     """
+    if low.shape[1] == 0:
+        return _affine(x, weight, bias, out)
     if x.dtype in _WIDE:
-        return F.linear(x, weight, bias).addmm_(low, matrix.t())
+        return _affine(x, weight, bias, out).addmm_(low, matrix.t())
     if low.dtype == x.dtype and not _accumulates_cheaper(x):
-        return F.linear(torch.cat([x, low], dim=1), torch.cat([weight, matrix], dim=1), bias)
+        return _affine(torch.cat([x, low], dim=1), torch.cat([weight, matrix], dim=1), bias, out)
     y = wide_mm(x, weight.t()) + wide_mm(low, matrix.t())
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    y = y if bias is None else y.add_(bias)
+    return y.to(x.dtype) if out is None else out.copy_(y)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _accumulates_cheaper(x: Tensor) -> bool:
