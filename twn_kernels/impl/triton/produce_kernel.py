@@ -27,7 +27,7 @@ def rounded(value, dtype: tl.constexpr):
     """``value`` in ``dtype``, to nearest even in the interpreter too, which truncates when it casts to bf16."""
     if INTERPRETING and dtype == tl.bfloat16:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         return tl.where(value == value, nearest, value).to(dtype)
     else:
         return value.to(dtype)
