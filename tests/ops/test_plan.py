@@ -50,6 +50,17 @@ def test_from_routes_keeps_its_own_copy_and_refreshes_in_place():
     assert plan.routes.tolist() == [3, 3, 0, 0] and plan.routes.data_ptr() == address
 
 
+def test_a_plan_for_some_adapters_refreshes_among_them():
+    plan = RoutePlan.from_routes(torch.tensor([0, 1], dtype=torch.int8), adapters=["reasoning"])
+    assert (plan.present, plan.is_uniform) == (1, False)
+    assert plan.refresh_(torch.tensor([1, 0], dtype=torch.int8)).routes.tolist() == [1, 0]
+    with pytest.raises(OptionError, match="built without: it has reasoning"):
+        plan.refresh_(torch.tensor([1, 3], dtype=torch.int8))
+    assert plan.routes.tolist() == [1, 0], "a refused refresh changes nothing"
+    base = RoutePlan.from_routes(torch.zeros(2, dtype=torch.int8), adapters=[])
+    assert (base.present, base.is_uniform) == (0, False)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
@@ -83,6 +94,16 @@ def test_from_routes_keeps_its_own_copy_and_refreshes_in_place():
             lambda: RoutePlan.from_routes(torch.zeros(3, dtype=torch.int8)).refresh_(torch.zeros(2, dtype=torch.int8)),
             ShapeError,
             "routes must keep the plan's 3 tokens, got 2",
+        ),
+        (
+            lambda: RoutePlan.from_routes(torch.tensor([0, 2], dtype=torch.int8), adapters=["reasoning"]),
+            OptionError,
+            "routes select adapters that the plan was built without: it has reasoning. Build it with",
+        ),
+        (
+            lambda: RoutePlan.from_routes(torch.zeros(1, dtype=torch.int8), adapters=["embeding"]),
+            OptionError,
+            "route must be .* got 'embeding'. Did you mean \"embedding\"",
         ),
     ],
 )

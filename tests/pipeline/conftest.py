@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from twn_kernels import TWNEmbedder
-from twn_kernels.pipeline import loading
+from twn_kernels.pipeline import decode_choice, loading
+from twn_kernels.pipeline.captured_steps import CapturedSteps
+from twn_kernels.pipeline.decoding import Decoding
+from twn_kernels.testing.recorded_graph import record
 from twn_kernels.testing.reference_pipeline import ReferenceResult, reference_encode
 from twn_kernels.testing.tiny_directory import write_tiny_model
 from twn_kernels.testing.twn_directory import write_twn_directory
@@ -29,8 +32,16 @@ class World:
     embedder: TWNEmbedder
     model64: torch.nn.Module
     inputs: list
+    known: dict[tuple, ReferenceResult] = field(default_factory=dict)
 
     def reference(self, index: int, config, *, think: bool, dtype=torch.float32) -> ReferenceResult:
+        """What the slow pipeline gives for one input; computed once, since it depends on nothing else."""
+        key = (index, repr(config), think, dtype)
+        if key not in self.known:
+            self.known[key] = self._reference(index, config, think, dtype)
+        return self.known[key]
+
+    def _reference(self, index: int, config, think: bool, dtype: torch.dtype) -> ReferenceResult:
         embedder = self.embedder
         processor = embedder.processor
         batch = processor.batch([processor.parse(self.inputs[index], 0)], None)
@@ -91,3 +102,29 @@ def world(tmp_path_factory):
         return World(base, twn, embedder, model64, inputs)
 
     return build
+
+
+@pytest.fixture
+def decoding(monkeypatch):
+    """``decoding(embedder, mode)``: decode thoughts that way for the rest of the test.
+
+    ``"replayed"`` is ``"cuda_graph"`` with a recording of the step's operators instead of a captured graph.
+    """
+
+    def use(embedder: TWNEmbedder, mode: str) -> None:
+        if mode == "replayed":
+            monkeypatch.setattr(decode_choice, "_why_no_device", lambda backbone: None)
+            monkeypatch.setattr(CapturedSteps, "capture", recorded_capture)
+        own = Decoding(embedder._backbone, "cuda_graph" if mode == "replayed" else mode)
+        monkeypatch.setattr(embedder, "_decoding", own)
+
+    return use
+
+
+def recorded_capture(steps, step, counters):
+    """Stands for ``CapturedSteps.capture``: the step's operators, recorded, with its counters as they were."""
+    before = [counter.clone() for counter in counters]
+    graph = record(step)
+    for counter, value in zip(counters, before, strict=True):
+        counter.copy_(value)
+    return graph

@@ -55,15 +55,18 @@ def _text(world, config, ids) -> str:
     return written.split(config.think_end[0])[0]
 
 
+@pytest.mark.parametrize("decode", ["dynamic", "static"])
 @pytest.mark.parametrize(("graph", "prefill"), GRAPHS, ids=lambda v: str(v))
 @pytest.mark.parametrize(("family", "gate_input"), WORLDS, ids=lambda v: str(v))
-def test_always_thinking_in_one_batch(world, family, gate_input, graph, prefill, monkeypatch):
+def test_always_thinking_in_one_batch(world, family, gate_input, graph, prefill, decode, decoding, monkeypatch):
     this = world(family, gate_input)
     config = _config(this, graph, prefill)
     monkeypatch.setattr(this.embedder, "config", config)
+    decoding(this.embedder, decode)
     vectors, details = this.embedder.encode(this.inputs, think="always", return_details=True)
     closed, broken = _check(this, config, vectors, details, [True] * len(this.inputs))
     assert closed + broken == len(this.inputs)
+    assert {detail.decode for detail in details} == {decode}
 
 
 @pytest.mark.parametrize(("graph", "prefill"), GRAPHS, ids=lambda v: str(v))
@@ -80,9 +83,12 @@ def test_the_gate_splits_the_batch_and_order_is_kept(world, graph, prefill, monk
     _check(this, config, vectors, details, thinks)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_batches_do_not_matter(world, batch_size, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch_size", "decode"), [(1, "dynamic"), (2, "dynamic"), (4, "dynamic"), (4, "static"), (2, "replayed")]
+)
+def test_batches_do_not_matter(world, batch_size, decode, decoding, monkeypatch):
     this = world("qwen3_vl", "mean")
+    decoding(this.embedder, decode)
     config = _config(this, "shared_kv", "reasoning")
     monkeypatch.setattr(this.embedder, "config", config)
     order = [5, 0, 3, 1, 4, 2]

@@ -16,16 +16,12 @@ from torch import Tensor
 
 from twn_kernels.errors import PatchError, ShapeError
 from twn_kernels.ops import RoutePlan
-from twn_kernels.settings import BOTH, ROUTE_BITS
+from twn_kernels.ops.plan import route_name
+from twn_kernels.settings import BOTH
 
 __all__ = ["PlanSpec", "RouteSpec", "RouteState", "RowSpec", "TokenSpec", "UniformSpec", "route_name"]
 
 _KEPT_PLANS = 16  # shapes a spec remembers; prefill lengths vary, decode repeats one
-
-
-def route_name(bits: int) -> str:
-    """A route's bitmask in words."""
-    return {bit: name or "base only" for name, bit in ROUTE_BITS.items()}[bits]
 
 
 class RouteSpec:

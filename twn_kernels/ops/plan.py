@@ -36,19 +36,24 @@ class RoutePlan(NamedTuple):
         return self.routes.shape[0]
 
     @classmethod
-    def from_routes(cls, routes: Tensor) -> RoutePlan:
+    def from_routes(cls, routes: Tensor, *, adapters: Sequence[str] | None = None) -> RoutePlan:
         """A plan over a tensor of routes, which it copies; its values may change later with :meth:`refresh_`.
 
         Args:
             routes: int8 ``[tokens]``, values 0 … 3. Values on a GPU are not read (that would synchronise): of a value
                 outside the range only the two lowest bits count there.
+            adapters: those that routes may ever select, now or when they are refreshed; work for the others is left
+                out. None: both. A route on a GPU that selects another one takes the base for it.
 
         Raises:
             DtypeError, ShapeError, OptionError: not int8, not one-dimensional, or (on a CPU) a value out of range.
         """
-        _check_routes(routes)
+        present = BOTH if adapters is None else 0
+        for adapter in adapters or ():
+            present |= route_bits(adapter)
+        _check_routes(routes, present)
         with _for_every_mode():
-            return cls(routes.contiguous().clone(), BOTH, False)
+            return cls(routes.contiguous().clone(), present, False)
 
     @classmethod
     def from_segments(
@@ -113,14 +118,15 @@ class RoutePlan(NamedTuple):
             routes: int8 ``[tokens]`` on any device.
 
         Raises:
-            PatchError: the plan was not built with :meth:`from_routes`; work for the adapters it lacks was left out.
+            PatchError: the plan says that every token has one route, which kernels have relied on.
+            OptionError: on a CPU: a route selects an adapter that the plan was built without.
         """
-        if self.is_uniform or self.present != BOTH:
+        if self.is_uniform:
             raise PatchError(
                 "refresh_ needs a plan built with RoutePlan.from_routes: this one was built from names, and kernels "
                 f"have left out what its routes ({self.present}) do not need. Build it from an int8 tensor."
             )
-        _check_routes(routes)
+        _check_routes(routes, self.present)
         if routes.shape != self.routes.shape:
             raise ShapeError(f"routes must keep the plan's {self.tokens} tokens, got {routes.shape[0]}.")
         self.routes.copy_(routes)
@@ -146,7 +152,7 @@ def _for_every_mode():
     return torch.inference_mode(False)
 
 
-def _check_routes(routes: Tensor) -> None:
+def _check_routes(routes: Tensor, present: int) -> None:
     if not isinstance(routes, Tensor) or routes.dtype != torch.int8:
         got = routes.dtype if isinstance(routes, Tensor) else type(routes).__name__
         raise DtypeError(f"routes must be an int8 tensor (one byte a token), got {got}.")
@@ -159,3 +165,13 @@ def _check_routes(routes: Tensor) -> None:
                 f"routes must lie in 0 … 3 (0 base only, 1 reasoning, 2 embedding, 3 both), "
                 f"got {low if low < 0 else high}."
             )
+        if present != BOTH and bool((routes & ~present).any()):
+            raise OptionError(
+                f"routes select adapters that the plan was built without: it has {route_name(present)}. "
+                "Build it with RoutePlan.from_routes(routes, adapters=...) that names them."
+            )
+
+
+def route_name(bits: int) -> str:
+    """A route's bitmask in words."""
+    return {bit: name or "base only" for name, bit in ROUTE_BITS.items()}[bits]

@@ -8,27 +8,29 @@ base alone and nobody reads them. Owns buffers, buckets and capture; who thinks,
 
 from __future__ import annotations
 
-import warnings
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import twn_kernels.patching as patching
-from twn_kernels.errors import ImplUnavailable, OptionError, ShapeError, TWNWarning
+from twn_kernels.errors import OptionError, ShapeError
 from twn_kernels.ops import RoutePlan
+from twn_kernels.patching.record import find_record
 from twn_kernels.pipeline.backbone import Backbone
+from twn_kernels.pipeline.captured_steps import CapturedSteps
 from twn_kernels.pipeline.decode_choice import choose, why_not_captured
 from twn_kernels.pipeline.fingerprint import fingerprint
 from twn_kernels.pipeline.fixed_masks import FixedMasks
+from twn_kernels.pipeline.grouped_attention import grouped_attention
 from twn_kernels.pipeline.static_cache import StaticKV, as_index
-from twn_kernels.settings import REASONING, ROUTE_BITS
+from twn_kernels.settings import ADAPTERS, REASONING, ROUTE_BITS
 
 __all__ = ["DecodeGraph", "column_bucket", "row_bucket"]
 
 _BLOCK = 256  # columns: the finest step of a bucket
 _HEADROOM = 512  # columns that a new allocation leaves beyond the prompt, where a thought may be that long
-_KEPT_GRAPHS = 64  # of other shapes; the oldest goes first
 
 
 def row_bucket(rows: int) -> int:
@@ -43,10 +45,10 @@ def column_bucket(columns: int, block: int = _BLOCK) -> int:
 
 
 class DecodeGraph:
-    """One-token steps of a patched model.
+    """One-token steps of a patched model, or of a plain one, which has no routes.
 
     Args:
-        backbone: of the patched model.
+        backbone: of the model.
         capture: None captures on a GPU and runs eagerly elsewhere; False always runs eagerly, on the same buffers;
             True raises where nothing can be captured.
         block: finest step of a column bucket.
@@ -58,6 +60,8 @@ class DecodeGraph:
 
     Raises:
         ImplUnavailable: the model cannot decode on fixed buffers, or ``capture=True`` and it cannot be captured.
+
+    Graph-safe: every step is the same launches on the same addresses. Synchronises: only while capturing and growing.
 
     Example:
         >>> import torch, twn_kernels
@@ -81,27 +85,39 @@ class DecodeGraph:
             mode = "static" if why_not_captured(backbone) else mode
         else:
             choose(backbone, mode)
-        self.backbone, self.capture, self.block = backbone, mode == "cuda_graph", block
-        self._demanded = bool(capture)
-        self.failure: str | None = why_not_captured(backbone) if capture is None and not self.capture else None
+        active = mode == "cuda_graph"
+        failure = why_not_captured(backbone) if capture is None and not active else None
+        self.backbone, self.block = backbone, block
+        self._steps = CapturedSteps(active, demanded=bool(capture), failure=failure)
         self._masks = FixedMasks(backbone)
+        self._patched = find_record(backbone.model) is not None
         self.release()
 
     def release(self) -> None:
         """Free buffers and graphs; :meth:`load` makes new ones."""
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._plans: dict[int, RoutePlan] = {}
+        self._steps.forget()
+        self._plans: dict[tuple[int, int], RoutePlan] = {}
         self._kv: StaticKV | None = None
-        self._pool = self._fingerprint = None
+        self._fingerprint = None
         self._slots: list[int] = []
         self._routes: list[int] = []
-        self._rows = self._length = 0
+        self._rows = self._length = self._present = 0
         self.hidden = self._logits = self._index = None
+
+    @property
+    def capture(self) -> bool:
+        """Whether steps are captured; turned off where capture was not demanded and failed."""
+        return self._steps.active
+
+    @property
+    def failure(self) -> str | None:
+        """Why steps are not captured although nobody turned capture off, or None."""
+        return self._steps.failure
 
     @property
     def captured(self) -> list[tuple[int, int]]:
         """Rows and columns of the graphs held now."""
-        return list(self._graphs)
+        return [(rows, columns) for rows, columns, _ in self._steps.keys]
 
     @property
     def capacity(self) -> int:
@@ -127,6 +143,7 @@ class DecodeGraph:
         *,
         room: int = 0,
         routes: str | Sequence[str | None] | None = REASONING,
+        adapters: Sequence[str] = (),
     ) -> None:
         """Take over a batch; what was loaded before is gone. The cache is copied and may be dropped.
 
@@ -136,6 +153,8 @@ class DecodeGraph:
             next_position: int64 ``[rows]``: the position of each row's next token.
             room: steps that will follow, where known; buffers grow when they are full.
             routes: of the steps: a name for all rows, or one for each.
+            adapters: those that later :meth:`set_routes` will select beside those of ``routes``: one graph then serves
+                them all, and every step prepares for all of them.
 
         Raises:
             ShapeError: the arguments do not fit one another.
@@ -153,6 +172,9 @@ class DecodeGraph:
         # Spare rows see all columns: a row that sees none would be NaN.
         self._valid.fill_(True)
         self._valid[:rows, :length].copy_(mask)
+        self._present = 0
+        for name in adapters:
+            self._present |= _bits(name)
         self.set_routes(routes)
 
     def set_routes(self, routes: str | Sequence[str | None] | None) -> None:
@@ -169,16 +191,19 @@ class DecodeGraph:
         if len(names) != len(self._slots):
             raise ShapeError(f"routes must name one for each of {len(self._slots)} rows, got {len(names)}.")
         self._routes = [_bits(name) for name in names]
+        for bits in self._routes:
+            self._present |= bits
         self._refresh()
 
     def _refresh(self) -> None:
         bits = [0] * self._rows
         for slot, route in zip(self._slots, self._routes, strict=True):
             bits[slot] = route
-        routes = torch.tensor(bits, dtype=torch.int8)
-        if self._rows not in self._plans:
-            self._plans[self._rows] = RoutePlan.from_routes(routes.to(self._kv.column.device))
-        self._plans[self._rows].refresh_(routes)
+        routes, key = torch.tensor(bits, dtype=torch.int8), (self._rows, self._present)
+        if key not in self._plans:
+            names = [name for name in ADAPTERS if self._present & ROUTE_BITS[name]]
+            self._plans[key] = RoutePlan.from_routes(routes.to(self._kv.column.device), adapters=names)
+        self._plans[key].refresh_(routes)
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
@@ -197,7 +222,7 @@ class DecodeGraph:
         if tuple(ids.shape) != (count,) or not count:
             raise ShapeError(f"ids must be [{count}], one for each row that is loaded, got {list(ids.shape)}.")
         if self._length == self._kv.capacity:
-            self._forget_graphs()
+            self._steps.forget()
             self._kv.grow(column_bucket(self._length + self._length // 2 + 1, self.block), self._length)
             self._valid = _widened(self._valid, self._kv.capacity)
         index = self._slot_index()
@@ -205,9 +230,26 @@ class DecodeGraph:
             self._ids[:count].copy_(ids)
         else:
             self._ids.index_copy_(0, index, ids)
-        self._run(self._rows, min(column_bucket(self._length + 1, self.block), self._kv.capacity))
+        rows, columns = self._rows, min(column_bucket(self._length + 1, self.block), self._kv.capacity)
+        counters = (self._kv.column, self._next_position)
+        self._steps.run((rows, columns, self._present), lambda: self._compute(rows, columns), counters)
         self._length += 1
         return self._logits[:count] if index is None else self._logits.index_select(0, index)
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens of every row past the first ``length``.
+
+        Args:
+            length: tokens a row to keep, padding included; at most :attr:`length`.
+
+        Raises:
+            OptionError: out of range.
+        """
+        if not 0 <= length <= self._length:
+            raise OptionError(f"length must be in [0, {self._length}] (what the rows hold), got {length}.")
+        self._kv.column.sub_(self._length - length)
+        self._next_position.sub_(self._length - length)
+        self._length = length
 
     def keep(self, places: Sequence[int]) -> None:
         """Go on with some rows alone, by place in the present batch; a batch that halves moves to a smaller bucket."""
@@ -247,12 +289,13 @@ class DecodeGraph:
     def _allocate(self, cache, rows: int, capacity: int) -> None:
         now = fingerprint(self.backbone) if self.capture else None
         if now != self._fingerprint:
-            self._forget_graphs()
+            self._steps.forget()
             self._fingerprint = now
         if self._kv is not None and self._kv.fits(cache, rows, capacity):
             return
         old, self._kv = self._kv, None
-        self._forget_graphs()
+        self._steps.forget()
+        self._plans.clear()
         rows, capacity = max(rows, getattr(old, "rows", 0)), max(capacity, getattr(old, "capacity", 0))
         del old
         self._kv = StaticKV(cache, rows, capacity)
@@ -265,30 +308,17 @@ class DecodeGraph:
             vocabulary = getattr(self.backbone.head, "out_features", config.vocab_size)
             self._logits = torch.zeros(rows, vocabulary, device=device)
 
-    def _forget_graphs(self) -> None:
-        if self._graphs:
-            torch.cuda.synchronize(self.backbone.device)  # a replay may be running still
-        self._graphs.clear()
-        self._pool = None
-
-    def _run(self, rows: int, columns: int) -> None:
-        if not self.capture:
-            self._compute(rows, columns)
-            return
-        graph = self._graphs.get((rows, columns))
-        if graph is None:
-            graph = self._try_to_capture(rows, columns)
-        if graph is None:
-            self._compute(rows, columns)
-        else:
-            graph.replay()
-
     def _compute(self, rows: int, columns: int) -> None:
         """The step itself: buffers in, buffers out. Everything here is what a graph holds."""
         backbone, kv = self.backbone, self._kv
-        mask = self._masks(self._valid[:rows, :columns], kv.column, self.hidden.dtype)
+        mask = self._masks(self._valid[:rows, :columns], kv.column, kv.dtype)
         first = self._next_position[:rows]
-        with patching.route(backbone.model, self._plans[rows]):
+        routed = (
+            patching.route(backbone.model, self._plans[rows, self._present])
+            if self._patched
+            else contextlib.nullcontext()
+        )
+        with routed, grouped_attention(backbone.config):
             vectors = backbone.embeddings(self._ids[:rows, None])
             hidden = backbone.continue_(vectors, mask, first, kv.view(rows, columns))[:, -1]
         self.hidden[:rows].copy_(hidden)
@@ -296,47 +326,10 @@ class DecodeGraph:
         first.add_(1)
         kv.column.add_(1)
 
-    def _try_to_capture(self, rows: int, columns: int):
-        """The captured step; None, with the reason noted, where capture failed and was not demanded."""
-        try:
-            graph = self._capture(rows, columns)
-        except (RuntimeError, ValueError) as error:  # what a forward may raise when it touches the host
-            reason = f"capturing a step of {rows} rows failed: {(str(error).strip().splitlines() or ['no message'])[0]}"
-            if self._demanded:
-                raise ImplUnavailable(f'{reason}. Use capture=None, or decode="static" in the embedder.') from error
-            self.capture, self.failure = False, reason
-            self._forget_graphs()
-            warnings.warn(f"{reason}. Steps run eagerly from here on.", TWNWarning, stacklevel=4)
-            return None
-        if len(self._graphs) >= _KEPT_GRAPHS:
-            self._graphs.pop(next(iter(self._graphs)))
-        self._graphs[rows, columns] = graph
-        return graph
-
-    def _capture(self, rows: int, columns: int):
-        device = self._kv.column.device
-        with torch.cuda.device(device):
-            self._warm_up(rows, columns)
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads (data loading) may go on using the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._compute(rows, columns)
-        return graph
-
-    def _warm_up(self, rows: int, columns: int) -> None:
-        """Run the step twice beside the main stream, so that nothing is compiled, tuned or allocated in a capture."""
-        counters = (self._kv.column, self._next_position)
-        before = [counter.clone() for counter in counters]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._compute(rows, columns)
-                for counter, value in zip(counters, before, strict=True):
-                    counter.copy_(value)
-        torch.cuda.current_stream().wait_stream(side)
+    def _routed(self, rows: int):
+        if not self._patched:
+            return contextlib.nullcontext()
+        return patching.route(self.backbone.model, self._plans[rows, self._present])
 
 
 def _check_batch(cache, mask: Tensor, next_position: Tensor) -> None:

@@ -32,14 +32,15 @@ class FixedMasks:
         Args:
             valid: bool ``[rows, columns]``: False on padding.
             column: int64 ``[1]``: where the step's token lies.
-            dtype: of an additive mask.
+            dtype: of keys and queries.
 
         Returns:
-            ``[rows, 1, 1, columns]``, or one by kind where layers differ; boolean for ``sdpa``, additive for ``eager``.
+            ``[rows, 1, 1, columns]``, 0 where a column is seen and minus infinity elsewhere (additive: a boolean mask
+            would be turned into one in every layer); or one by kind where layers differ.
         """
         columns = torch.arange(valid.shape[1], device=valid.device)
-        seen = {kind: self._finished(valid & self._reach(kind, columns, column), dtype) for kind in self.kinds}
-        return seen if len(seen) > 1 else seen[self.kinds[0]]
+        masks = {kind: _additive(valid & self._reach(kind, columns, column), dtype) for kind in self.kinds}
+        return masks if len(masks) > 1 else masks[self.kinds[0]]
 
     def _reach(self, kind: str, columns: Tensor, column: Tensor) -> Tensor:
         reach = columns <= column
@@ -47,9 +48,7 @@ class FixedMasks:
             reach &= columns > column - self.config.sliding_window
         return reach
 
-    def _finished(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
-        mask = seen[:, None, None, :]
-        if (getattr(self.config, "_attn_implementation", None) or "eager") != "eager":
-            return mask
-        hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return hidden.masked_fill_(~mask, torch.finfo(dtype).min)
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, -torch.inf)[:, None, None, :]

@@ -38,6 +38,11 @@ class StaticKV:
             self._values = [_zeros_like(layer.values, rows, capacity) for layer in like.layers]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys, hence of the queries that meet them."""
+        return self._keys[0].dtype
+
+    @property
     def bytes(self) -> int:
         """Memory of keys and values."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self._keys, *self._values))
