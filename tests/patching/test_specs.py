@@ -146,7 +146,7 @@ def test_collapse():
 def test_status_of_a_patched_model(pair):
     model = patch(tiny_model("qwen3_vl", dtype=torch.bfloat16), rank=3)
     shown = status(model)
-    assert (shown.patched, shown.family, shown.level, shown.default_route) == (True, "qwen3_vl", "linear", "base only")
+    assert (shown.patched, shown.family, shown.level, shown.default_route) == (True, "qwen3_vl", "block", "base only")
     layer = shown.layers[0]
     assert (layer.layer, layer.group) == ("model.language_model.layers.0.self_attn.q_proj", "qkv")
     assert layer.ranks == {"reasoning": 3, "embedding": 3} and layer.base_dtype == "bfloat16"
@@ -155,8 +155,8 @@ def test_status_of_a_patched_model(pair):
     assert shown.base_bytes == base
     assert json.loads(json.dumps(shown.to_dict()))["layers"][0]["adapter_bytes"] == layer.adapter_bytes
     text = str(shown)
-    assert "14 layers patched, linear level" in text and f"{shown.added_bytes:,}" in text
-    assert "model.language_model.layers.{0-1}.mlp.up_proj" in text and "fused blocks are not built yet" in text
+    assert "14 layers patched, block level" in text and f"{shown.added_bytes:,}" in text
+    assert "model.language_model.layers.{0-1}.mlp.up_proj" in text and "2 decoder layers are fused blocks" in text
     peft = status(patch(pair("llama")[1], fuse=False))
     assert peft.added_bytes == 0 and "PEFT's own state" in peft.default_route == peft.current_route
     assert "were not asked for" in peft.level_note

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twn_kernels.errors import OptionError, PatchError, did_you_mean, quoted
-from twn_kernels.modules.routing import RouteState, UniformSpec
-from twn_kernels.ops import LoRA, RoutePlan, dual_lora_linear
+from twn_kernels.modules.routing import RouteSpec, RouteState, UniformSpec
+from twn_kernels.modules.site_group import fitting_dtype
+from twn_kernels.ops import LoRA, Projection, RoutePlan, dual_lora_linear
 from twn_kernels.ops.autocast import autocast_is_on
 from twn_kernels.settings import ADAPTERS, EMBEDDING, MAX_RANK, REASONING, ROUTE_BITS
 
 __all__ = ["DualLoRALinear", "LayerAdapter", "fused_linear"]
 
-_HALF = (torch.float16, torch.bfloat16)
 _OWN_ATTRIBUTES = ("scaling", "lora_dropout", "routing", "impl", "path", "follows_rows")
 
 
@@ -183,6 +183,22 @@ class DualLoRALinear(nn.Linear):
             input, self.weight, self.bias, self.lora(REASONING), self.lora(EMBEDDING), plan, dropout, self.impl
         )
 
+    def site_refusal(self) -> str | None:
+        """Why this layer must run by itself now; as :class:`~twn_kernels.modules.site_group.SiteMember`."""
+        if type(self).forward is not DualLoRALinear.forward:
+            return f"{type(self).__name__} has a forward of its own"
+        if self.training and any(self.lora_dropout.values()):
+            return "LoRA dropout in training"
+        return None
+
+    def site_spec(self) -> RouteSpec:
+        """The routes that this layer would follow now."""
+        return self.routing.current
+
+    def site_projection(self) -> Projection:
+        """The weight, the bias and both adapters."""
+        return Projection(self.weight, self.bias, self.lora(REASONING), self.lora(EMBEDDING))
+
     def extra_repr(self) -> str:
         ranks = {name: self.lora_A[name].shape[0] for name in self.scaling}
         return f"{super().extra_repr()}, rank={ranks}"
@@ -218,10 +234,9 @@ def fused_linear(
 
 def _fitting(dtype: torch.dtype, reasoning: LoRA | None, embedding: LoRA | None) -> tuple[LoRA | None, LoRA | None]:
     """The adapters in the dtype of x where all are, else in fp32 beside a 16-bit x, else in the dtype of x."""
-    used = {lora.A.dtype for lora in (reasoning, embedding) if lora is not None}
-    if used == {dtype} or (used == {torch.float32} and dtype in _HALF):
+    target = fitting_dtype(dtype, {lora.A.dtype for lora in (reasoning, embedding) if lora is not None})
+    if target is None:
         return reasoning, embedding
-    target = torch.float32 if dtype in _HALF else dtype
     return tuple(
         None if lora is None else LoRA(lora.A.to(target), lora.B.to(target), lora.scaling)
         for lora in (reasoning, embedding)

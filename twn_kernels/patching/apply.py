@@ -17,6 +17,7 @@ from twn_kernels.modules.dual_lora_linear import DualLoRALinear, LayerAdapter, c
 from twn_kernels.modules.routing import RouteState, UniformSpec
 from twn_kernels.ops import choice
 from twn_kernels.patching.fit import checksum, fit_checkpoint, layer_adapters
+from twn_kernels.patching.fusing import fuse_blocks, refuse_wrapped_blocks, release_blocks
 from twn_kernels.patching.own_forward import drop_bound_forward, has_own_forward
 from twn_kernels.patching.peft_layer import PeftRouteState, dual_peft_linear
 from twn_kernels.patching.peft_sites import adapter_names, holds_peft_layers, peft_sites
@@ -61,7 +62,9 @@ def patch(
         targets: for fresh adapters: None for the family's own, a list of module names, or a regex, as PEFT's
             ``target_modules``.
         rank: of fresh adapters, 1 … 256.
-        fuse: build fused blocks where the family has them. None has yet: every model runs at linear level.
+        fuse: run the decoder layers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL as fused blocks: q, k and v in one call, gate
+            and up in one, norms, SwiGLU and residuals folded in. A call whose hooks, autocast or LoRA dropout a block
+            would hide runs layer by layer; so do other families. :func:`~twn_kernels.patching.status` says which.
         impl: as in :func:`twn_kernels.ops.dual_lora_linear`.
 
     Returns:
@@ -113,7 +116,9 @@ def unpatch(model: nn.Module) -> nn.Module:
             "these layers got a forward of their own since the patch (an offloading or wrapping hook): "
             f"{', '.join(collapse(wrapped))}. Remove it first; it calls the patched forward."
         )
+    refuse_wrapped_blocks(record)
     record.surroundings.remove()
+    release_blocks(record)
     for layer in record.layers.values():
         drop_bound_forward(layer)
         layer.release()
@@ -294,10 +299,12 @@ def _swap(model: nn.Module, record: PatchRecord, adoptions: Mapping[str, Any]) -
         for path, adopt in adoptions.items():
             drop_bound_forward(record.layers[path])
             done.append(adopt())
+        fuse_blocks(model, record)
         record.surroundings.install(adapter_keys=record.kind != "peft")
         record.attach(model)
     except BaseException:
         record.surroundings.remove()
+        release_blocks(record)
         for layer in done:
             layer.release()
         record.detach(model)

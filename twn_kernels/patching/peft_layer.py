@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from twn_kernels.errors import PatchError, quoted
 from twn_kernels.modules.dual_lora_linear import fused_linear
-from twn_kernels.modules.routing import RouteState, RowSpec, UniformSpec
-from twn_kernels.ops import LoRA
+from twn_kernels.modules.routing import RouteSpec, RouteState, RowSpec, UniformSpec
+from twn_kernels.ops import LoRA, Projection
 from twn_kernels.patching.own_forward import has_own_forward
 
 __all__ = ["PeftRouteState", "dual_peft_linear"]
@@ -36,6 +36,11 @@ class PeftRouteState(RouteState):
         self.adapters = names
         self._uniform = [UniformSpec(bits) for bits in range(4)]
         self._rows: dict[tuple, RowSpec] = {}
+
+    @property
+    def base_only(self) -> UniformSpec:
+        """The spec of disabled adapters."""
+        return self._uniform[0]
 
     def active(self, names: list[str], path: str) -> UniformSpec:
         """The spec of PEFT's active adapters."""
@@ -111,7 +116,7 @@ class _Fused:
         if self.disable_adapters:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
-        if base._forward_hooks or base._forward_pre_hooks or has_own_forward(base):
+        if self._base_is_watched():
             raise PatchError(
                 f'layer "{self.path}": hooks on its base_layer would not run, because the fused product bypasses it. '
                 f'Put them on "{self.path}" itself, or unpatch the model first.'
@@ -130,6 +135,34 @@ class _Fused:
         if name not in self.lora_A:
             return None
         return LoRA(self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
+
+    def site_refusal(self) -> str | None:
+        """Why this layer must run by itself now; as :class:`~twn_kernels.modules.site_group.SiteMember`."""
+        if type(self).forward is not _Fused.forward:
+            return f"{type(self).__name__} has a forward of its own"
+        if self.merged:
+            return "adapters are merged into its base weight"
+        if self._base_is_watched():
+            return "hooks on its base_layer"
+        if any(self._dropout(name) for name in self.routing.adapters):
+            return "LoRA dropout in training"
+        return None
+
+    def site_spec(self) -> RouteSpec:
+        """The routes that this layer would follow now."""
+        if self.disable_adapters:
+            return self.routing.base_only
+        spec = self.routing.spec
+        return self.routing.active(self.active_adapters, self.path) if spec is None else spec
+
+    def site_projection(self) -> Projection:
+        """The base layer's weight and bias, and both adapters."""
+        first, second = self.routing.adapters
+        return Projection(self.base_layer.weight, self.base_layer.bias, self.lora(first), self.lora(second))
+
+    def _base_is_watched(self) -> bool:
+        base = self.base_layer
+        return bool(base._forward_hooks or base._forward_pre_hooks or has_own_forward(base))
 
     def _dropout(self, name: str) -> float:
         if not self.training or name not in self.lora_dropout:

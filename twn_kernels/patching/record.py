@@ -32,6 +32,8 @@ class PatchRecord:
         fuse, impl: as asked.
         checkpoint_layers: for each adapter, the path in the checkpoint by path in the model.
         origins: the checkpoint's adapters without their weights, by name.
+        blocks: decoder layers that are fused blocks, by path.
+        unfused: why others are not, by path.
     """
 
     kind: str
@@ -45,6 +47,8 @@ class PatchRecord:
     impl: str
     checkpoint_layers: dict[str, dict[str, str]] = field(default_factory=dict)
     origins: dict[str, Any] = field(default_factory=dict)
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    unfused: dict[str, str] = field(default_factory=dict)
 
     def attach(self, model: nn.Module) -> None:
         """Leave the record on ``model`` and on its layers."""

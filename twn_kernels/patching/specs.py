@@ -16,6 +16,7 @@ from twn_kernels.errors import OptionError, PatchError, did_you_mean, quoted
 
 __all__ = [
     "FAMILY_SPECS",
+    "BlockSpec",
     "FamilySpec",
     "bypassed",
     "choose_targets",
@@ -47,6 +48,22 @@ _NEOX = {
 
 
 @dataclass(frozen=True)
+class BlockSpec:
+    """The classes of a family's decoder layer, for which a fused block can stand.
+
+    Attributes:
+        module: of transformers, where the classes are.
+        layer, attention, mlp, norm: their names.
+    """
+
+    module: str
+    layer: str
+    attention: str
+    mlp: str
+    norm: str
+
+
+@dataclass(frozen=True)
 class FamilySpec:
     """One family of models.
 
@@ -55,12 +72,14 @@ class FamilySpec:
         groups: linears of each site group, as paths inside a decoder layer.
         layers: name of the list that holds the decoder layers.
         tower: name of the vision tower, which is left alone; None: the family does not see.
+        block: what fused blocks are made from; None: the family runs at linear level.
     """
 
     model_types: tuple[str, ...]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _SEPARATE)
     layers: str = "layers"
     tower: str | None = None
+    block: BlockSpec | None = None
 
     def is_target(self, path: str) -> bool:
         """Whether a linear at ``path`` belongs to a site group of a decoder layer."""
@@ -74,11 +93,37 @@ class FamilySpec:
             return None
         return next(key for key, names in self.groups.items() if any(path.endswith(f".{name}") for name in names))
 
+    def layer_of(self, path: str) -> str | None:
+        """The path of the decoder layer whose site group a linear at ``path`` is in, or None."""
+        if not self.is_target(path):
+            return None
+        return next(
+            path.removesuffix(f".{name}") for names in self.groups.values() for name in names if path.endswith(name)
+        )
+
+
+def _block(family: str, layer: str, attention: str, mlp: str, norm: str) -> BlockSpec:
+    return BlockSpec(f"transformers.models.{family}.modeling_{family}", layer, attention, mlp, norm)
+
 
 FAMILY_SPECS = (
-    FamilySpec(("qwen2_vl", "qwen2_vl_text"), tower="visual"),
-    FamilySpec(("qwen2_5_vl", "qwen2_5_vl_text"), tower="visual"),
-    FamilySpec(("qwen3_vl", "qwen3_vl_text"), tower="visual"),
+    FamilySpec(
+        ("qwen2_vl", "qwen2_vl_text"),
+        tower="visual",
+        block=_block("qwen2_vl", "Qwen2VLDecoderLayer", "Qwen2VLAttention", "Qwen2MLP", "Qwen2VLRMSNorm"),
+    ),
+    FamilySpec(
+        ("qwen2_5_vl", "qwen2_5_vl_text"),
+        tower="visual",
+        block=_block("qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLAttention", "Qwen2MLP", "Qwen2_5_VLRMSNorm"),
+    ),
+    FamilySpec(
+        ("qwen3_vl", "qwen3_vl_text"),
+        tower="visual",
+        block=_block(
+            "qwen3_vl", "Qwen3VLTextDecoderLayer", "Qwen3VLTextAttention", "Qwen3VLTextMLP", "Qwen3VLTextRMSNorm"
+        ),
+    ),
     FamilySpec(("llama",)),
     FamilySpec(("mistral",)),
     FamilySpec(("qwen2",)),

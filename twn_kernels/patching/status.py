@@ -12,8 +12,9 @@ from torch import nn
 from twn_kernels.checkpoint.names import collapse
 from twn_kernels.errors import ImplUnavailable
 from twn_kernels.ops import LoRA, choice
+from twn_kernels.patching.readiness import CONDITIONS, call_refusal, ready
 from twn_kernels.patching.record import PatchRecord, find_record
-from twn_kernels.patching.specs import FamilySpec
+from twn_kernels.patching.specs import FAMILY_SPECS, FamilySpec
 from twn_kernels.settings import ADAPTERS
 
 __all__ = ["LayerStatus", "Status", "loras_of", "status"]
@@ -22,6 +23,12 @@ _SOURCES = {
     "peft": "PEFT's own, in the model",
     "checkpoint": "a checkpoint",
     "fresh": "fresh (lora_B started at 0)",
+}
+_FUSED_AS = {
+    "qkv": "one call for q, k and v, the norm in front folded in",
+    "o": "one call with the residual",
+    "gate_up": "one call for gate and up, the norm in front folded in",
+    "down": "one call with SwiGLU in front (where gate_up does not make it) and the residual",
 }
 _DEFAULTS = {"peft": "as PEFT's own state says (active adapters, disable_adapter, adapter_names)"}
 
@@ -41,6 +48,8 @@ class LayerStatus:
         adapter_bytes: of the adapters' tensors.
         added_bytes: what ``patch`` added (0 where PEFT had put the adapters there).
         by_row: whether each row may have a route of its own here; otherwise one route serves all rows.
+        level: ``"block"`` where its site group runs as one call now, else ``"linear"``.
+        level_why: what the call does, or why the layer runs by itself.
     """
 
     layer: str
@@ -54,6 +63,8 @@ class LayerStatus:
     adapter_bytes: int
     added_bytes: int
     by_row: bool
+    level: str
+    level_why: str
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,8 @@ class Status:
         model: its class.
         patched: whether it is.
         family: row of the table of families; None: unknown, or not patched.
-        level: ``"linear"``.
-        level_note: what ``fuse`` came to, and how the targets were chosen.
+        level: ``"block"`` where decoder layers are fused blocks, else ``"linear"``.
+        level_note: what ``fuse`` came to, on which conditions, and how the targets were chosen.
         adapters: where the adapters came from.
         default_route: what layers use outside every ``route`` scope.
         current_route: what they use now.
@@ -106,7 +117,7 @@ class Status:
         groups: dict[tuple, list[LayerStatus]] = {}
         for layer in self.layers:
             key = (layer.impl, layer.why, *layer.ranks.items(), *layer.dtypes.items(), layer.base_dtype, layer.device)
-            groups.setdefault((*key, layer.by_row), []).append(layer)
+            groups.setdefault((*key, layer.by_row, layer.level, layer.level_why), []).append(layer)
         for layers in groups.values():
             lines += _printed(layers)
         return "\n".join(lines)
@@ -121,7 +132,8 @@ def status(model: nn.Module) -> Status:
     record = find_record(model)
     if record is None:
         return Status(type(model).__name__, False)
-    layers = tuple(_layer_status(path, layer, record) for path, layer in record.layers.items())
+    sites = _sites(record)
+    layers = tuple(_layer_status(path, layer, record, sites) for path, layer in record.layers.items())
     adapter_bytes = sum(layer.adapter_bytes for layer in layers)
     everything = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     current = record.state.current
@@ -129,7 +141,7 @@ def status(model: nn.Module) -> Status:
         model=type(model).__name__,
         patched=True,
         family=None if record.family is None else record.family.model_types[0],
-        level="linear",
+        level="block" if record.blocks else "linear",
         level_note=_level_note(record),
         adapters=_SOURCES[record.kind],
         default_route=_DEFAULTS.get(record.kind, "base only"),
@@ -147,15 +159,34 @@ def loras_of(layer: nn.Module, record: PatchRecord) -> dict[str, LoRA]:
     return {name: lora for name, lora in found.items() if lora is not None}
 
 
-def _layer_status(path: str, layer: nn.Module, record: PatchRecord) -> LayerStatus:
+def _sites(record: PatchRecord) -> dict[tuple[str, str], tuple[str, str]]:
+    """``(level, why)`` of every site group of a fused block, as it would run now."""
+    found = {}
+    for path, block in record.blocks.items():
+        for site in _FUSED_AS:
+            like = block.post_attention_layernorm.weight.detach()
+            state = call_refusal(like) or ready(block, site, like)
+            found[path, site] = ("linear", f"now {state}") if isinstance(state, str) else ("block", _FUSED_AS[site])
+    for path in record.blocks:
+        # SwiGLU joins the two: neither runs as one call without the other.
+        levels = [found[path, site] for site in ("gate_up", "down")]
+        if refused := next((state for state in levels if state[0] == "linear"), None):
+            found[path, "gate_up"] = found[path, "down"] = refused
+    return found
+
+
+def _layer_status(path: str, layer: nn.Module, record: PatchRecord, sites: dict) -> LayerStatus:
+    group = _group(record.family, path)
+    parent = None if record.family is None else record.family.layer_of(path)
+    level, level_why = sites.get((parent, group), ("linear", record.unfused.get(parent, "")))
     loras = loras_of(layer, record)
     weight = layer.weight
     tensors = [tensor for lora in loras.values() for tensor in (lora.A, lora.B)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    impl, why = _choice(layer, weight, loras)
+    impl, why = _choice(layer, weight, loras, group if level == "block" else None)
     return LayerStatus(
         layer=path,
-        group=_group(record.family, path),
+        group=group,
         impl=impl,
         why=why,
         ranks={name: lora.A.shape[0] for name, lora in loras.items()},
@@ -165,12 +196,14 @@ def _layer_status(path: str, layer: nn.Module, record: PatchRecord) -> LayerStat
         adapter_bytes=size,
         added_bytes=0 if record.kind == "peft" else size,
         by_row=layer.follows_rows,
+        level=level,
+        level_why=level_why,
     )
 
 
-def _choice(layer: nn.Module, weight: torch.Tensor, loras: dict[str, LoRA]) -> tuple[str | None, str]:
+def _choice(layer: nn.Module, weight: torch.Tensor, loras: dict[str, LoRA], site: str | None) -> tuple[str | None, str]:
     try:
-        impl, why = choice.chosen(layer.impl, weight.device, weight.dtype)
+        impl, why = choice.chosen(layer.impl, weight.device, weight.dtype, site=site)
     except ImplUnavailable as error:
         return None, str(error)
     if getattr(layer, "merged", False):
@@ -188,13 +221,28 @@ def _group(family: FamilySpec | None, path: str) -> str | None:
 
 
 def _level_note(record: PatchRecord) -> str:
-    fused = "fused blocks are not built yet" if record.fuse else "fused blocks were not asked for"
-    if record.family is not None:
-        return f"linear level; {fused}"
-    chosen = ""
-    if record.kind == "fresh" and record.request.get("targets") is None:
-        chosen = "; targets are every nn.Linear outside towers and output embeddings that its parent calls"
-    return f"linear level: the family is not in the table{chosen}; {fused}"
+    if not record.fuse:
+        note = "fused blocks were not asked for"
+    elif record.family is None or record.family.block is None:
+        built = [spec.model_types[0] for spec in FAMILY_SPECS if spec.block is not None]
+        note = f"fused blocks stand for the decoder layers of {', '.join(built)} alone"
+    else:
+        note = _block_note(record)
+    if record.family is None:
+        chosen = ""
+        if record.kind == "fresh" and record.request.get("targets") is None:
+            chosen = "; targets are every nn.Linear outside towers and output embeddings that its parent calls"
+        note = f"the family is not in the table{chosen}; {note}"
+    return note if record.blocks else f"linear level; {note}"
+
+
+def _block_note(record: PatchRecord) -> str:
+    notes = [f"{len(record.blocks)} decoder layers are fused blocks; {CONDITIONS}"] if record.blocks else []
+    reasons: dict[str, list[str]] = {}
+    for path, reason in record.unfused.items():
+        reasons.setdefault(reason, []).append(path)
+    notes += [f"not fused: {', '.join(collapse(paths))} ({reason})" for reason, paths in reasons.items()]
+    return "; ".join(notes) or "no decoder layer holds a target"
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -208,6 +256,8 @@ def _printed(layers: list[LayerStatus]) -> list[str]:
     lines = [f"  {path}" for path in collapse(layer.layer for layer in layers)]
     lines.append(f"    impl {one.impl}: {one.why}")
     lines.append(f"    base {one.base_dtype} on {one.device}; rank: {ranks}; adapters {size:,} bytes")
+    if one.level_why:
+        lines.append(f"    {one.level}: {one.level_why}")
     if not one.by_row:
         lines.append("    one route for all rows: the tokens here do not belong to one row each")
     return lines

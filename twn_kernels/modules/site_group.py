@@ -1,0 +1,184 @@
+"""``SiteGroup``: the linears of one site group, run as one call where that gives exactly what they give one by one.
+
+Owns what can be read off the linears themselves: whether they can run together at this moment, their adapters, their
+plan, their packed weights. What stands around them in a model (norms, hooks, residuals) is its caller's. A layer takes
+part by offering :class:`SiteMember`; a plain ``nn.Linear`` takes part without adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from twn_kernels.modules.routing import RouteSpec, RouteState
+from twn_kernels.ops import LoRA, Norm, Projection, RoutePlan, dual_lora_group
+from twn_kernels.ops.choice import resolve
+
+__all__ = ["ReadySite", "SiteGroup", "SiteMember", "fitting_dtype"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class SiteMember(Protocol):
+    """What a linear with adapters offers to its site group."""
+
+    routing: RouteState
+    impl: str
+    follows_rows: bool
+
+    def site_refusal(self) -> str | None:
+        """Why this layer must run by itself now, such as LoRA dropout; None where it need not."""
+
+    def site_spec(self) -> RouteSpec:
+        """The routes that the layer would follow now."""
+
+    def site_projection(self) -> Projection:
+        """Its weight, bias and adapters."""
+
+
+class ReadySite(NamedTuple):
+    """A site group whose linears can run as one now.
+
+    Attributes:
+        projections: in order.
+        leader: the first linear with adapters, whose route all follow; None: no linear has any.
+        spec: that route.
+        impl: as asked for.
+    """
+
+    projections: list[Projection]
+    leader: nn.Module | None
+    spec: RouteSpec | None
+    impl: str
+
+
+class SiteGroup:
+    """Up to three linears that read one input.
+
+    Args:
+        site: ``"qkv"``, ``"o"``, ``"gate_up"`` or ``"down"``.
+        impl: for a group without adapters; one with adapters runs what its linears say.
+    """
+
+    def __init__(self, site: str, impl: str = "auto") -> None:
+        self.site, self.impl = site, impl
+
+    def prepare(self, members: Sequence[nn.Module], like: Tensor) -> ReadySite | str:
+        """What the group would run with now, or why its linears run one by one.
+
+        Args:
+            members: the linears, in order.
+            like: an input, or a tensor of its dtype and device.
+        """
+        projections: list[Projection] = []
+        leader, spec = None, None
+        for member in members:
+            if type(member) is nn.Linear:
+                projection = Projection(member.weight, member.bias)
+            elif not hasattr(type(member), "site_projection"):
+                return f"{type(member).__name__} is no nn.Linear"
+            else:
+                if (reason := member.site_refusal()) is not None:
+                    return reason
+                if leader is None:
+                    leader, spec = member, member.site_spec()
+                elif (reason := _unlike(member, leader, spec)) is not None:
+                    return reason
+                projection = member.site_projection()
+            if (reason := _foreign(projection, like)) is not None:
+                return reason
+            projections.append(projection)
+        return ReadySite(projections, leader, spec, self.impl if leader is None else leader.impl)
+
+    def run(
+        self,
+        ready: ReadySite,
+        x: Tensor,
+        *,
+        norm: Norm | None = None,
+        gated: bool = False,
+        swiglu: bool = False,
+        residual: Tensor | None = None,
+        split: bool = True,
+    ) -> tuple[Tensor, ...]:
+        """The group's outputs; arguments as in :func:`twn_kernels.ops.dual_lora_group`."""
+        plan = None
+        if ready.leader is not None:
+            plan = ready.leader.routing.plan_for(x, ready.leader, ready.spec)
+        projections = [_used(projection, plan) for projection in ready.projections]
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            x = x.contiguous()
+        return dual_lora_group(
+            x,
+            _fitting(projections, x.dtype),
+            plan,
+            norm=norm,
+            gated=gated,
+            swiglu=swiglu,
+            residual=residual,
+            impl=ready.impl,
+            site=self.site,
+            split=split,
+        )
+
+    def prefers_epilogue(self, ready: ReadySite, x: Tensor) -> bool:
+        """Whether gate and up should be combined where they are made, rather than where ``down`` reads them."""
+        # A traced token count is symbolic; either way is exact, so the choice without it is good enough there.
+        tokens = None if torch.compiler.is_compiling() else x.shape[:-1].numel()
+        return resolve(ready.impl, x.device, x.dtype, site=self.site, tokens=tokens) != "blas"
+
+
+def fitting_dtype(dtype: torch.dtype, used: set[torch.dtype]) -> torch.dtype | None:
+    """What adapters of these dtypes are cast to beside an input of ``dtype``; None where they can stay.
+
+    They stay in the dtype of the input, or all in fp32 beside a 16-bit one.
+    """
+    if used <= {dtype} or (used == {torch.float32} and dtype in _HALF):
+        return None
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def _unlike(member: SiteMember, leader: SiteMember, spec: RouteSpec) -> str | None:
+    if member.routing is not leader.routing or member.site_spec() is not spec:
+        return "its linears follow different routes"
+    if member.impl != leader.impl or member.follows_rows != leader.follows_rows:
+        return "its linears were given different impl= or follow rows differently"
+    return None
+
+
+def _foreign(projection: Projection, like: Tensor) -> str | None:
+    """Why a weight cannot be read beside such an input; a tensor subclass (quantised, sharded) computes in its way."""
+    for tensor in (projection.weight, projection.bias):
+        if tensor is None:
+            continue
+        if type(tensor) not in (nn.Parameter, Tensor):
+            return f"a weight is a {type(tensor).__name__}, not a plain tensor"
+        if tensor.dtype != like.dtype or tensor.device != like.device:
+            return "its weights and its input differ in dtype or device"
+    if projection.weight.shape[1] > 1 and projection.weight.stride(1) != 1:
+        return "a weight is stored transposed"
+    return None
+
+
+def _used(projection: Projection, plan: RoutePlan | None) -> Projection:
+    """Without the adapters that no token can use."""
+    present = 0 if plan is None else plan.present
+    if present == 3:
+        return projection
+    reasoning = projection.reasoning if present & 1 else None
+    return Projection(projection.weight, projection.bias, reasoning, projection.embedding if present & 2 else None)
+
+
+def _fitting(projections: list[Projection], dtype: torch.dtype) -> list[Projection]:
+    used = {lora.A.dtype for p in projections for lora in (p.reasoning, p.embedding) if lora is not None}
+    target = fitting_dtype(dtype, used)
+    if target is None:
+        return projections
+
+    def cast(lora: LoRA | None) -> LoRA | None:
+        return None if lora is None else LoRA(lora.A.to(target), lora.B.to(target), lora.scaling)
+
+    return [Projection(p.weight, p.bias, cast(p.reasoning), cast(p.embedding)) for p in projections]
