@@ -205,12 +205,11 @@ def fill_adapters_(
     torch.mul(bits, peaks.ne(peaks), out=poison)
 
 
-def clear_padding_(plan: Layout, panels: Sequence[Tensor]) -> None:
-    """Zeros in every column of new panels that is no base weight."""
-    for panel, storage in zip(plan.panels, panels, strict=True):
-        column = plan.left - panel.shift
-        storage[:, :column].zero_()
-        storage[:, column + plan.in_features :].zero_()
+def clear_padding_(plan: Layout, panel: Panel, storage: Tensor) -> None:
+    """Zeros in every column of a new panel that is no base weight."""
+    column = plan.left - panel.shift
+    storage[:, :column].zero_()
+    storage[:, column + plan.in_features :].zero_()
 
 
 def key(plan: Layout, like: Tensor) -> Tensor:
