@@ -1,0 +1,291 @@
+"""Contenders of the linear and group suites: this package's ops, and what one would write by hand in torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twn_kernels.benchmarking.contender import Built, Contender, Unavailable
+from twn_kernels.benchmarking.peft_contenders import PEFT_CONTENDERS
+from twn_kernels.benchmarking.problem import NORM_EPS, Inputs, Problem
+from twn_kernels.benchmarking.truth import leaves_of, rms_norm, site_in_torch
+from twn_kernels.ops import LoRA, RoutePlan, choice, dual_lora_group, dual_lora_linear
+from twn_kernels.ops.projection import Norm, Projection
+from twn_kernels.settings import IMPLS
+
+__all__ = ["GROUP_CONTENDERS", "differentiated"]
+
+_SLICES = 4  # segments up to which separate products on slices beat one masked product over all rows, by launches
+
+
+def differentiated(problem: Problem, inputs: Inputs, run, used: list[int]):
+    """``run`` as a call that returns results by name; with the backward pass where the case has one."""
+    if problem.case.pass_ != "forward_backward":
+
+        def forward():
+            with torch.no_grad():
+                return {"y": run()}
+
+        return forward
+    leaves = leaves_of(inputs, used)
+
+    def both():
+        y = run()
+        grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+        return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    return both
+
+
+def _ours(impl: str, *, base_only: bool = False):
+    def build(problem: Problem) -> Built:
+        reason = None if impl == "auto" else choice.unavailable_reason(impl, problem.device, problem.dtype)
+        if reason is not None:
+            raise Unavailable(" ".join(reason.split()))
+        used = [] if base_only else problem.used
+        calls = [
+            differentiated(problem, inputs, lambda inputs=inputs: _op(problem, inputs, impl, base_only), used)
+            for inputs in problem.sets
+        ]
+        added = 0 if base_only else _adapter_bytes(problem.sets[0])
+        return Built(calls, _resolved(problem, impl), added)
+
+    return build
+
+
+def _op(problem: Problem, inputs: Inputs, impl: str, base_only: bool) -> Tensor:
+    site = problem.site
+    loras = [(None, None) if base_only else pair for pair in inputs.loras]
+    if problem.case.suite == "linear":
+        plan = RoutePlan(problem.plan.routes, 0, True) if base_only else problem.plan
+        return dual_lora_linear(inputs.x, inputs.weights[0], None, *loras[0], plan, impl=impl)
+    projections = [Projection(weight, None, *pair) for weight, pair in zip(inputs.weights, loras, strict=True)]
+    outputs = dual_lora_group(
+        inputs.x,
+        projections,
+        None if base_only else problem.plan,
+        norm=None if inputs.norm is None else Norm(inputs.norm, NORM_EPS),
+        swiglu=site.swiglu,
+        residual=inputs.residual,
+        impl=impl,
+        site=site.name,
+    )
+    return _joined(outputs)
+
+
+def _joined(outputs: tuple[Tensor, ...]) -> Tensor:
+    """Side by side; without a copy where they are views of one buffer, as the ops return them."""
+    if len(outputs) == 1:
+        return outputs[0]
+    first, widths = outputs[0], [y.shape[-1] for y in outputs]
+    base = first._base
+    if base is not None and base.shape[-1] == sum(widths) and all(y._base is base for y in outputs):
+        return base.view(-1, base.shape[-1])
+    return torch.cat(outputs, dim=-1)
+
+
+def _resolved(problem: Problem, impl: str) -> str:
+    site = problem.site.name if problem.case.suite == "group" else None
+    return choice.resolve(impl, problem.device, problem.dtype, site=site, tokens=problem.case.tokens)
+
+
+def _adapter_bytes(inputs: Inputs) -> int:
+    return sum(lora.A.nbytes + lora.B.nbytes for pair in inputs.loras for lora in pair)
+
+
+def _plain(problem: Problem) -> Built:
+    calls = [
+        differentiated(problem, inputs, lambda inputs=inputs: site_in_torch(inputs, None, problem.site.swiglu), [])
+        for inputs in problem.sets
+    ]
+    return Built(calls, None, 0)
+
+
+def _merged(problem: Problem) -> Built:
+    """Adapters added into copies of the weights, one copy for each route that occurs, and each row by its copy."""
+    if problem.case.pass_ == "forward_backward":
+        raise Unavailable("Adapters merged into the weights cannot be trained.")
+    kinds = sorted({int(bits) for bits in problem.plan.routes.unique().tolist()})
+    pieces = [(bits, None if len(kinds) == 1 else (problem.plan.routes == bits).nonzero()[:, 0]) for bits in kinds]
+    contiguous = all(index is None or _is_range(index) for _, index in pieces)
+    calls, added = [], 0
+    for inputs in problem.sets:
+        weights = {bits: [_merged_weight(w, pair, bits) for w, pair in _layers(inputs)] for bits in kinds}
+        added = sum(w.nbytes for bits, copies in weights.items() if bits for w in copies)
+        parts = [(index if not contiguous or index is None else _range(index), weights[bits]) for bits, index in pieces]
+
+        def run(inputs=inputs, parts=parts):
+            if len(parts) == 1:
+                return site_in_torch(_rows(inputs, slice(None), parts[0][1]), None, problem.site.swiglu)
+            y = inputs.x.new_empty(inputs.x.shape[0], problem.site.width)
+            for index, copies in parts:
+                y[index] = site_in_torch(_rows(inputs, index, copies), None, problem.site.swiglu)
+            return y
+
+        calls.append(differentiated(problem, inputs, run, []))
+    return Built(calls, None, added)
+
+
+def _layers(inputs: Inputs):
+    return zip(inputs.weights, inputs.loras, strict=True)
+
+
+def _merged_weight(weight: Tensor, pair: tuple[LoRA, LoRA], bits: int) -> Tensor:
+    if not bits:
+        return weight
+    wide = weight.float()
+    for adapter, lora in enumerate(pair):
+        if bits & (1 << adapter):
+            wide = torch.addmm(wide, lora.B.float(), lora.A.float(), alpha=lora.scaling)
+    return wide.to(weight.dtype)
+
+
+def _rows(inputs: Inputs, index, weights: list[Tensor]) -> Inputs:
+    residual = None if inputs.residual is None else inputs.residual[index]
+    return Inputs(inputs.x[index], inputs.norm, weights, inputs.loras, residual, inputs.dy)
+
+
+def _is_range(index: Tensor) -> bool:
+    return int(index[-1] - index[0]) + 1 == index.numel()
+
+
+def _range(index: Tensor) -> slice:
+    return slice(int(index[0]), int(index[-1]) + 1)
+
+
+def _separate(side_stream: bool):
+    def build(problem: Problem) -> Built:
+        if side_stream and problem.device.type != "cuda":
+            raise Unavailable(f"{problem.device.type} has no streams to run the shrink beside the base product.")
+        if problem.case.pass_ == "forward_backward":
+            if side_stream:
+                raise Unavailable("The side stream is a form for inference; autograd orders a backward by itself.")
+            return _separate_training(problem)
+        stream = torch.cuda.Stream(problem.device) if side_stream else None
+        calls = [differentiated(problem, i, _SeparateProducts(problem, i, stream), []) for i in problem.sets]
+        return Built(calls, None, _adapter_bytes(problem.sets[0]))
+
+    return build
+
+
+class _SeparateProducts:
+    """Base product of the concatenated weight, stacked shrink, one ``addmm_`` a projection: the best simple form.
+
+    Few long segments run as slices with ``alpha=scaling``; otherwise the shrink is masked and both adapters expand
+    together. Weights and adapters are concatenated beforehand, as serving engines do.
+    """
+
+    def __init__(self, problem: Problem, inputs: Inputs, stream) -> None:
+        self.inputs, self.site, self.stream = inputs, problem.site, stream
+        self.weight = torch.cat(inputs.weights) if len(inputs.weights) > 1 else inputs.weights[0]
+        self.ranks, segments = problem.case.ranks, problem.case.segments()
+        self.used = problem.used
+        self.A = [torch.cat([pair[adapter].A for pair in inputs.loras]) for adapter in (0, 1)]
+        self.scalings = [inputs.loras[0][adapter].scaling for adapter in (0, 1)]
+        self.slices = _slices(segments) if len(segments) <= _SLICES else None
+        if self.slices is None:
+            self.stacked = torch.cat([self.A[adapter] for adapter in self.used])
+            masks = problem.masks()
+            self.scales = [(masks[a].to(inputs.x.dtype) * self.scalings[a])[:, None] for a in (0, 1)]
+            self.B = [torch.cat([pair[a].B for a in self.used], dim=1) for pair in inputs.loras]
+
+    def __call__(self) -> Tensor:
+        inputs = self.inputs
+        x = inputs.x if inputs.norm is None else rms_norm(inputs.x, inputs.norm)
+        if self.stream is None:
+            y = F.linear(x, self.weight)
+            low = self._shrink(x, self._low_buffers(x))
+        else:
+            low = self._low_buffers(x)  # on the main stream: memory of a side stream may be reused under a graph
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self._shrink(x, low)
+            y = F.linear(x, self.weight)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        self._expand(y, low)
+        if self.site.swiglu:
+            gate, up = y.chunk(2, dim=1)
+            return F.silu(gate) * up
+        return y if inputs.residual is None else inputs.residual + y
+
+    def _low_buffers(self, x: Tensor) -> list[Tensor]:
+        if self.slices is None:
+            return [x.new_empty(x.shape[0], self.stacked.shape[0])]
+        return [x.new_empty(part.stop - part.start, self.A[a].shape[0]) for a, part in self.slices]
+
+    def _shrink(self, x: Tensor, low: list[Tensor]) -> list[Tensor]:
+        if self.slices is not None:
+            for (adapter, part), buffer in zip(self.slices, low, strict=True):
+                torch.mm(x[part], self.A[adapter].t(), out=buffer)
+            return low
+        torch.mm(x, self.stacked.t(), out=low[0])
+        start = 0
+        for adapter in self.used:
+            width = self.A[adapter].shape[0]
+            low[0][:, start : start + width].mul_(self.scales[adapter])
+            start += width
+        return low
+
+    def _expand(self, y: Tensor, low: list[Tensor]) -> None:
+        outputs = y.split(list(self.site.out_features), dim=1)
+        for index, out in enumerate(outputs):
+            if self.slices is None:
+                out.addmm_(self._columns(low[0], index), self.B[index].t())
+                continue
+            for (adapter, part), h in zip(self.slices, low, strict=True):
+                rank, B = self.ranks[adapter], self.inputs.loras[index][adapter].B
+                out[part].addmm_(h[:, index * rank : (index + 1) * rank], B.t(), alpha=self.scalings[adapter])
+
+    def _columns(self, low: Tensor, index: int) -> Tensor:
+        """The shrink of one projection under every used adapter, side by side."""
+        parts, start = [], 0
+        for adapter in self.used:
+            rank = self.ranks[adapter]
+            parts.append(low[:, start + index * rank : start + (index + 1) * rank])
+            start += self.A[adapter].shape[0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _slices(segments) -> list[tuple[int, slice]]:
+    """``(adapter, rows)`` of every segment and each adapter that it uses."""
+    found, start = [], 0
+    for length, name in segments:
+        for adapter in {None: (), "reasoning": (0,), "embedding": (1,), "both": (0, 1)}[name]:
+            found.append((adapter, slice(start, start + length)))
+        start += length
+    return found
+
+
+def _separate_training(problem: Problem) -> Built:
+    """The same form out of place, under autograd: masked stacked shrink, one ``addmm`` a projection."""
+    masks = problem.masks()
+
+    def run(inputs: Inputs) -> Tensor:
+        x = inputs.x if inputs.norm is None else rms_norm(inputs.x, inputs.norm)
+        outputs = []
+        for weight, pair in zip(inputs.weights, inputs.loras, strict=True):
+            y = F.linear(x, weight)
+            for adapter in problem.used:
+                low = (x @ pair[adapter].A.t()) * (masks[adapter].to(x.dtype) * pair[adapter].scaling)[:, None]
+                y = torch.addmm(y, low, pair[adapter].B.t())
+            outputs.append(y)
+        y = F.silu(outputs[0]) * outputs[1] if problem.site.swiglu else torch.cat(outputs, dim=1)
+        return y if inputs.residual is None else inputs.residual + y
+
+    calls = [differentiated(problem, i, lambda i=i: run(i), problem.used) for i in problem.sets]
+    return Built(calls, None, _adapter_bytes(problem.sets[0]))
+
+
+GROUP_CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender("fused_base", _ours("auto", base_only=True), is_baseline=False, base_only=True),
+        *(Contender(f"ours_{impl}", _ours(impl), is_baseline=False) for impl in IMPLS),
+        Contender("plain", _plain, base_only=True),
+        Contender("merged", _merged),
+        Contender("addmm", _separate(side_stream=False)),
+        Contender("addmm_side_stream", _separate(side_stream=True)),
+        *PEFT_CONTENDERS,
+    )
+}

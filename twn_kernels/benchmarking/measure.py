@@ -1,0 +1,256 @@
+"""One case from its tensors to its rows: build every contender, hold it to the oracle, and time those that passed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from twn_kernels.benchmarking.cases import Case, check_case
+from twn_kernels.benchmarking.contender import Built, Contender, Unavailable
+from twn_kernels.benchmarking.counters import case_work, roof_us
+from twn_kernels.benchmarking.environment import cache_bytes
+from twn_kernels.benchmarking.results import Row, Time
+from twn_kernels.benchmarking.timers import CannotCapture, Timed, Timer, interleave
+from twn_kernels.benchmarking.truth import Truth, worst_ratio
+from twn_kernels.errors import OptionError, did_you_mean, quoted
+
+__all__ = ["BASE", "DeviceBroken", "Options", "contenders_of", "measure_case"]
+
+BASE = "fused_base"  # the denominator of overhead_percent
+
+
+class DeviceBroken(Exception):
+    """The device answers no more (a kernel accessed memory that is not its own, say): only a new process helps."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How cases are measured.
+
+    Attributes:
+        device: where.
+        contenders: names to run; None: all that the suite has, but the reference where others are timed.
+        exclude: contender name to the sentence why it must not run.
+        seconds: for sampling one case, all contenders together.
+        rounds: samples of each contender at most.
+        compile_backend: of ``torch.compile``.
+        roofs: of :func:`twn_kernels.benchmarking.roofs.measure`, for percentages.
+        command: reproduces a case; ``{case}`` stands for its id.
+    """
+
+    device: torch.device
+    contenders: tuple[str, ...] | None = None
+    exclude: dict[str, str] = field(default_factory=dict)
+    seconds: float = 4.0
+    rounds: int = 40
+    compile_backend: str = "inductor"
+    roofs: dict[str, Any] = field(default_factory=dict)
+    command: str = "python -m bench.gpu --only {case}"
+
+
+@dataclass
+class _Entry:
+    """One contender on its way through a case."""
+
+    contender: Contender
+    built: Built | None = None
+    timed: Timed | None = None
+    correct: bool | None = None
+    ratio: float | None = None
+    reason: str | None = None
+    time: Time | None = None
+
+
+def contenders_of(case: Case, options: Options) -> list[Contender]:
+    """The contenders of a case, in the order in which they run.
+
+    Raises:
+        OptionError: an option names a contender that the suite does not have.
+    """
+    if case.suite in ("linear", "group"):
+        from twn_kernels.benchmarking.group_contenders import GROUP_CONTENDERS as known
+    else:
+        from twn_kernels.benchmarking.model_contenders import MODEL_CONTENDERS as known
+    names = [n for n in known if n != "ours_reference"] if options.contenders is None else options.contenders
+    for name in names:
+        if name not in known:
+            raise OptionError(
+                f'suite "{case.suite}" has no contender {name!r}; it has {quoted(known)}.{did_you_mean(name, known)}'
+            )
+    return [known[name] for name in names]
+
+
+def measure_case(
+    case: Case,
+    options: Options,
+    begin: Callable[[str], None] = lambda name: None,
+    contenders: Sequence[Contender] | None = None,
+) -> list[Row]:
+    """Measure one case.
+
+    Args:
+        case: what.
+        options: how.
+        begin: told the name of each contender before it first touches the device.
+        contenders: instead of the suite's own.
+
+    Returns:
+        One row for each contender, in order; a contender that is wrong, absent or broken has a reason and no time.
+
+    Raises:
+        DeviceBroken: nothing more can be measured in this process.
+    """
+    check_case(case)
+    entries = [_Entry(c) for c in (contenders_of(case, options) if contenders is None else contenders)]
+    timer = Timer(options.device)
+    problem = _problem(case, options)
+    truths: dict[bool, Any] = {}
+    for entry in entries:
+        begin(entry.contender.name)
+        _make_ready(entry, problem, truths, timer, options)
+    truths.clear()
+    ready = {entry.contender.name: entry.timed for entry in entries if entry.timed is not None}
+    begin("")
+    times = _sampled(timer, ready, options)
+    for entry in entries:
+        entry.time = times.get(entry.contender.name)
+    base = times.get(BASE)
+    rows = [_row(case, entry, options, base) for entry in entries]
+    del problem, entries, ready
+    _free(timer)
+    return rows
+
+
+def _problem(case: Case, options: Options) -> Any:
+    if case.suite in ("linear", "group"):
+        from twn_kernels.benchmarking.problem import Problem
+
+        return Problem.build(
+            case, options.device, cache_bytes=cache_bytes(options.device), compile_backend=options.compile_backend
+        )
+    from twn_kernels.benchmarking.model_problem import ModelProblem
+
+    return ModelProblem.build(case, options.device, compile_backend=options.compile_backend)
+
+
+def _make_ready(entry: _Entry, problem: Any, truths: dict, timer: Timer, options: Options) -> None:
+    """Build, gate and capture one contender; whatever stops it is written into the entry."""
+    contender = entry.contender
+    if contender.name in options.exclude:
+        entry.reason = options.exclude[contender.name]
+        return
+    try:
+        entry.built = contender.build(problem)
+        _gate(entry, problem, truths)
+        if entry.correct:
+            entry.timed = timer.prepare(entry.built.calls, _graph_mode(problem.case, contender))
+    except (Unavailable, CannotCapture) as error:
+        entry.reason = str(error)
+    except torch.cuda.OutOfMemoryError as error:
+        entry.reason = f"It does not fit the device's memory: {_first_line(error)}"
+    except Exception as error:  # whatever breaks is this contender's result; the others must still be measured
+        entry.reason = f"{type(error).__name__}: {_first_line(error)}"
+        if isinstance(error, AssertionError):
+            entry.correct = False
+        _check_alive(timer, error)
+    if entry.timed is None:
+        entry.built = None if entry.built is None else Built([], entry.built.impl, entry.built.memory_added_bytes)
+        _free(timer)
+
+
+def _gate(entry: _Entry, problem: Any, truths: dict) -> None:
+    base_only = entry.contender.base_only
+    if base_only not in truths:
+        truths[base_only] = _truth(problem, base_only)
+    ratio, worst = worst_ratio(truths[base_only], entry.built.calls[0]())
+    entry.correct = ratio <= 1
+    entry.ratio = ratio if ratio != float("inf") else None
+    if not entry.correct:
+        shown = "is not finite, of another shape or missing" if entry.ratio is None else f"{ratio:.3g} times the budget"
+        entry.reason = f"Wrong result, so it is not timed: the error of {worst} {shown} of the oracle."
+        if entry.ratio is None:
+            entry.reason = f"Wrong result, so it is not timed: {worst} {shown}."
+
+
+def _truth(problem: Any, base_only: bool) -> Any:
+    if problem.case.suite in ("linear", "group"):
+        return Truth(problem, base_only=base_only)
+    from twn_kernels.benchmarking.model_truth import ModelTruth
+
+    return ModelTruth(problem, base_only=base_only)
+
+
+def _graph_mode(case: Case, contender: Contender) -> str:
+    if contender.graph is not None:
+        return contender.graph
+    if case.pass_ == "decode":
+        return "always"
+    # A single op's launches would hide behind the others' in a model, so a graph shows what it costs there; a whole
+    # layer or model is timed as it is called.
+    return "where_possible" if case.pass_ == "forward" and case.suite in ("linear", "group") else "never"
+
+
+def _sampled(timer: Timer, ready: dict[str, Timed], options: Options) -> dict[str, Time]:
+    if not ready:
+        return {}
+    try:
+        return interleave(timer, ready, seconds=options.seconds, rounds=options.rounds)
+    except RuntimeError as error:
+        _check_alive(timer, error)
+        raise
+
+
+def _check_alive(timer: Timer, error: BaseException) -> None:
+    try:
+        timer.wait()
+    except RuntimeError:
+        raise DeviceBroken(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _free(timer: Timer) -> None:
+    gc.collect()
+    if timer.on_gpu:
+        torch.cuda.empty_cache()
+
+
+def _row(case: Case, entry: _Entry, options: Options, base: Time | None) -> Row:
+    contender, time = entry.contender, entry.time
+    work = case_work(case, base_only=contender.base_only)
+    least = roof_us(work, options.roofs)
+    return Row(
+        id=f"{case.id}-{contender.name}",
+        case=case.id,
+        suite=case.suite,
+        pass_=case.pass_,
+        model=case.model,
+        site=case.site,
+        layers=case.layers,
+        layers_full=None if case.layers is None else case.shape.layers,
+        tokens=case.tokens,
+        context=case.context,
+        routes=case.routes,
+        ranks=case.ranks,
+        dtype=case.dtype,
+        contender=contender.name,
+        impl=None if entry.built is None else entry.built.impl,
+        is_baseline=contender.is_baseline,
+        correct=entry.correct,
+        error_ratio=entry.ratio,
+        time_us=time,
+        reason=None if time is not None else entry.reason or "It was not sampled.",
+        in_graph=None if time is None else entry.timed.in_graph,
+        ideal_bytes=work.bytes,
+        ideal_flops=work.flops,
+        percent_of_roof=None if time is None or least is None else 100 * least / time.median,
+        overhead_percent=None if time is None or base is None else 100 * (time.median / base.median - 1),
+        memory_added_bytes=None if entry.built is None else entry.built.memory_added_bytes,
+        command=options.command.format(case=case.id),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
