@@ -94,7 +94,7 @@ def gemm_kernel(
         out = add_adapter(
             out, s, b_r, rows, in_rows, (route & 1) != 0, users_r, users_all, columns, in_columns, rank_r,
             stride_sm, stride_brn, stride_brk, seed, 0, threshold_r, inverse_keep_r,
-            SEPARATE, DROPOUT, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
+            SEPARATE, DROPOUT, LOW_RANK_PRECISION, BLOCK_R, BLOCK_R, BLOCK_N,
         )  # fmt: skip
     if FANOUT:
         tl.store(y + targets, out.to(y.dtype.element_ty), mask=in_tile)
@@ -103,7 +103,7 @@ def gemm_kernel(
         out = add_adapter(
             out, s + rank_r, b_e, rows, in_rows, (route & 2) != 0, users_e, users_all, columns, in_columns,
             rank_e, stride_sm, stride_ben, stride_bek, seed, 1, threshold_e, inverse_keep_e,
-            SEPARATE, DROPOUT, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
+            SEPARATE, DROPOUT, LOW_RANK_PRECISION, BLOCK_R, BLOCK_R, BLOCK_N,
         )  # fmt: skip
     if FANOUT:
         tl.store(y_e + targets, out.to(y.dtype.element_ty), mask=in_tile)

@@ -47,7 +47,7 @@ def add_low_rank(
     BLOCK_R: tl.constexpr,
 ):
     """``acc + s[rows] @ b[columns]^T`` over the adapter's rank; zero iterations where ``limit`` is 0."""
-    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    r = tl.arange(0, BLOCK_R).to(rows.dtype)
     for r0 in tl.range(0, limit, BLOCK_R):
         in_rank = r < rank - r0
         s_tile = tl.load(  # [BLOCK_M, BLOCK_R]
@@ -84,7 +84,7 @@ def add_low_rank_to_mixed(
     BLOCK_N: tl.constexpr,
 ):
     """The same sum where only some rows use the adapter: what is not finite in ``b`` reaches those rows alone."""
-    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    r = tl.arange(0, BLOCK_R).to(rows.dtype)
     damaged = tl.zeros([BLOCK_N], dtype=tl.int32)
     for r0 in tl.range(0, limit, BLOCK_R, num_stages=1):
         in_rank = r < rank - r0
@@ -166,6 +166,7 @@ def add_adapter(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    MIXED_R: tl.constexpr,  # the step in a mixed tile, whose slices of b pass through registers
     BLOCK_N: tl.constexpr,
 ):
     """``acc`` plus one adapter's term for the rows that use it; a tile without such rows runs no iteration."""
@@ -184,5 +185,5 @@ def add_adapter(
         )  # fmt: skip
         return add_low_rank_to_mixed(
             acc, s, b, rows, in_rows, uses, columns, in_columns, rank, mixed,
-            stride_sm, stride_bn, stride_bk, PRECISION, BLOCK_R, BLOCK_N,
+            stride_sm, stride_bn, stride_bk, PRECISION, MIXED_R, BLOCK_N,
         )  # fmt: skip
