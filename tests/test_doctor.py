@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from twn_kernels import doctor, env
+from twn_kernels.errors import TableError
 from twn_kernels.impl.cuda import loader
-from twn_kernels.ops import choice
+from twn_kernels.ops import choice, choice_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +34,10 @@ def test_everything_that_runs_here_is_ok():
                 for part in ("forward", "backward"):
                     for dtype in doctor.DTYPES:
                         assert f"{op} {part}, {impl}, {dtype}, {device}" in names
+            if hasattr(choice.load(impl), "group"):
+                for part in ("forward", "backward", "isolation"):
+                    for dtype in doctor.DTYPES:
+                        assert f"dual_lora_group {part}, {impl}, {dtype}, {device}" in names
 
 
 def test_each_impl_that_cannot_run_gives_one_line_with_the_reason():
@@ -44,6 +49,7 @@ def test_each_impl_that_cannot_run_gives_one_line_with_the_reason():
     lines = [line for line in done.stdout.splitlines() if line.startswith("not available")]
     (triton,) = [line for line in lines if "triton on cpu" in line]
     assert "need a GPU" in triton and "TRITON_INTERPRET=1" in triton
+    assert 'Instead, impl="auto" takes blas: cpu runs the vendor GEMM' in triton
     assert len([line for line in lines if "cuda on cpu" in line]) == 1
 
 
@@ -88,6 +94,54 @@ def test_a_wrong_number_turns_its_check_red(only_blas, monkeypatch, function, po
         assert check.status == doctor.FAIL
         assert "is worse than torch: max error" in check.detail
         assert check.fix.startswith("set TWN_IMPL=reference until it is repaired, and report it with")
+
+
+def _nan_everywhere_where_one_was(real):
+    def run(*args):
+        y, s = real(*args)
+        return y + y.sum(0) * 0, s
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "red"),
+    [
+        ("group", lambda real: _wrong_by(1.03, real, 0), {"forward", "backward", "isolation"}),
+        ("group", _nan_everywhere_where_one_was, {"isolation"}),
+        ("group_backward", lambda real: _wrong_by(1.03, real, 0), {"backward"}),
+    ],
+    ids=["wrong number", "leaking NaN", "wrong gradient"],
+)
+def test_a_wrong_group_turns_its_checks_red(only_blas, monkeypatch, function, wrong, red):
+    monkeypatch.setattr(only_blas, function, wrong(getattr(only_blas, function)))
+    for dtype in ("fp32", "bf16"):
+        checks = list(doctor.group.checks("blas", dtype, torch.device("cpu")))
+        parts = {check.name.split()[1].strip(","): check for check in checks}
+        assert {part for part, check in parts.items() if check.status == doctor.FAIL} == red, checks
+        assert all(check.fix.startswith("set TWN_IMPL=reference") for check in checks if check.status == doctor.FAIL)
+
+
+def test_an_implementation_without_the_group_op_says_so(only_blas, monkeypatch):
+    monkeypatch.delattr(only_blas, "group")
+    (check,) = doctor.group.checks("blas", "fp32", torch.device("cpu"))
+    assert (check.status, check.detail) == (doctor.NOT_AVAILABLE, "blas has no such op")
+
+
+def test_a_damaged_table_of_measurements_is_red(monkeypatch):
+    title = "measurements that auto follows"
+    green = by_name(doctor._installation(torch.device("cpu")))[title]
+    assert green.status == doctor.OK and green.detail.endswith(
+        'impl="auto" takes blas: ' + choice.explain("cpu", torch.float32).reason
+    )
+
+    def damaged():
+        raise TableError("choices.json: rows[3] has an empty range.")
+
+    monkeypatch.setattr(choice_table, "packaged", damaged)
+    red = by_name(doctor._installation(torch.device("cpu")))[title]
+    assert (red.status, red.detail) == (doctor.FAIL, "choices.json: rows[3] has an empty range.")
+    assert red.fix == "reinstall twn_kernels"
 
 
 def test_a_crash_is_a_red_line_and_the_rest_goes_on(only_blas, monkeypatch):

@@ -15,7 +15,7 @@ from twn_kernels import env
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = [
     "twn_kernels", "python", "os", "cpu", "libraries", "torch", "gpus", "nvcc", "extension", "implementations",
-    "variables", "cuda_libraries",
+    "choices", "peers", "variables", "cuda_libraries",
 ]  # fmt: skip
 
 
@@ -50,7 +50,17 @@ def test_every_probe_is_guarded(monkeypatch):
         monkeypatch.setattr(env, name, broken)
     report = env.collect()
     assert list(report) == KEYS
-    for name in ("os", "torch", "gpus", "nvcc", "extension", "implementations", "variables", "cuda_libraries"):
+    for name in (
+        "os",
+        "torch",
+        "gpus",
+        "nvcc",
+        "extension",
+        "implementations",
+        "choices",
+        "variables",
+        "cuda_libraries",
+    ):
         assert report[name] == "unknown: OSError: broken on purpose"
     assert "unknown: OSError: broken on purpose" in env.render(report)
 
@@ -86,6 +96,33 @@ def test_the_override_shows_in_what_auto_takes(monkeypatch):
     assert report["implementations"]["auto"].startswith("fails: ") and "foo" in report["implementations"]["auto"]
     assert report["implementations"]["blas"] == "available"
     assert report["variables"]["TWN_IMPL"] == "foo (no known name; there are auto, blas, cuda, reference, triton)"
+
+
+def test_the_table_of_measurements_is_shown_range_by_range(monkeypatch):
+    from twn_kernels.ops import choice_table
+
+    def row(low, high, impl, site="qkv"):
+        source = "bench/results/nvidia-h200/a.json"
+        return choice_table.Row("sm_90", "bf16", site, low, high, impl, source, ("c",), {"c": {impl: 1.0}})
+
+    monkeypatch.setattr(
+        choice_table, "packaged", lambda: (row(64, 99, "blas"), row(1, 63, "triton"), row(1, 8, "cuda", "o"))
+    )
+    assert env.collect()["choices"] == {
+        "rows": "3",
+        "sm_90 bf16 qkv": "triton at 1 to 63 tokens, blas at 64 to 99 tokens",
+        "sm_90 bf16 o": "cuda at 1 to 8 tokens",
+    }
+    monkeypatch.setattr(choice_table, "packaged", tuple)
+    assert env.collect()["choices"] == {"rows": "0; nothing was measured yet: auto takes blas on every GPU"}
+
+
+def test_peers_are_named_with_their_version_or_as_absent(monkeypatch):
+    real = env.importlib.metadata.version
+    monkeypatch.setattr(env.importlib.metadata, "version", lambda name: "9.9" if name == "vllm" else real(name))
+    report = env.collect()
+    assert report["peers"]["vllm"] == "9.9" and report["peers"]["punica-kernels"] is None
+    assert "peers.punica-kernels" in env.render(report) and "not installed" in env.render(report)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

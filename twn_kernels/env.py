@@ -21,6 +21,10 @@ __all__ = ["collect", "collect_gpus", "render"]
 LIBRARIES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy", "pillow", "torchvision")
 # Variables of other libraries that change what runs here.
 RELATED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+# Packages with LoRA kernels or adapter serving of their own, which one would compare with.
+PEERS = (
+    "vllm", "sglang", "unsloth", "liger-kernel", "lorafusion", "punica-kernels", "flashinfer-python", "bitsandbytes",
+)  # fmt: skip
 _PROBE_SECONDS = 10
 
 
@@ -29,7 +33,8 @@ def collect() -> dict:
 
     Returns:
         Keys ``twn_kernels``, ``python``, ``os``, ``cpu``, ``libraries``, ``torch``, ``gpus``, ``nvcc``, ``extension``,
-        ``implementations``, ``variables``, ``cuda_libraries``. A probe that failed gives ``"unknown: <why>"``.
+        ``implementations``, ``choices``, ``peers``, ``variables``, ``cuda_libraries``. A probe that failed gives
+        ``"unknown: <why>"``.
     """
     return {
         "twn_kernels": _guarded(_own_version),
@@ -42,6 +47,8 @@ def collect() -> dict:
         "nvcc": _guarded(_nvcc),
         "extension": _guarded(_extension),
         "implementations": _guarded(_implementations),
+        "choices": _guarded(_choices),
+        "peers": {name: _guarded(lambda name=name: _version(name)) for name in PEERS},
         "variables": _guarded(_variables),
         "cuda_libraries": _guarded(_cuda_libraries),
     }
@@ -166,6 +173,19 @@ def _auto(device, dtype) -> str:
     except (OptionError, ImplUnavailable) as error:
         return "fails: " + " ".join(str(error).split())
     return f"{taken.impl} ({taken.reason})"
+
+
+def _choices() -> dict[str, str]:
+    """What the table of measurements that ``auto`` follows holds, by architecture, dtype and site."""
+    from twn_kernels.ops import choice_table
+
+    rows = sorted(choice_table.packaged(), key=lambda row: (row.key, row.min_tokens))
+    found: dict[str, str] = {}
+    for row in rows:
+        name, text = " ".join(row.key), f"{row.impl} at {row.min_tokens} to {row.max_tokens} tokens"
+        found[name] = f"{found[name]}, {text}" if name in found else text
+    none = f"nothing was measured yet: auto takes {choice_table.DEFAULT} on every GPU"
+    return {"rows": str(len(rows)) if rows else f"0; {none}", **found}
 
 
 def _variables() -> dict[str, str]:

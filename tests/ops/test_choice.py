@@ -163,7 +163,7 @@ def gpu(monkeypatch):
         clear()
 
     def clear() -> None:
-        for cached in (choice._usable, choice._arch, choice._device_name):
+        for cached in (choice._usable, choice.arch, choice._device_name):
             cached.cache_clear()
 
     clear()

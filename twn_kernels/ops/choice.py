@@ -172,7 +172,7 @@ def _capability(index: int | None) -> tuple[int, int]:
 def _device_name(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
-    return f"{torch.cuda.get_device_name(device)} ({_arch(device)})"
+    return f"{torch.cuda.get_device_name(device)} ({arch(device)})"
 
 
 def _auto(device: torch.device, dtype: torch.dtype, site: str | None, tokens: int | None) -> str:
@@ -193,7 +193,7 @@ def _usable(device: torch.device, dtype: torch.dtype, site: str) -> tuple[list[i
 
 
 def _rows(device: torch.device, dtype: torch.dtype, site: str) -> list[Row]:
-    key = (_arch(device), _dtype_name(dtype), site)
+    key = (arch(device), _dtype_name(dtype), site)
     return sorted((row for row in packaged() if row.key == key), key=lambda row: row.min_tokens)
 
 
@@ -223,7 +223,8 @@ def _row_reason(row: Row, device: torch.device, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _arch(device: torch.device) -> str:
+def arch(device: torch.device) -> str:
+    """The architecture of a GPU as the table of measurements names it: ``"sm_90"``."""
     major, minor = _capability(device.index)
     return f"sm_{major}{minor}"
 

@@ -7,65 +7,41 @@ the test suite's one oracle. Owns the checks and their fixes; printing and exit 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from twn_kernels import env
-from twn_kernels.errors import ImplUnavailable, MissingDependency, did_you_mean, quoted
+from twn_kernels.doctor import group
+from twn_kernels.doctor.check import (
+    DTYPES,
+    FAIL,
+    NOT_AVAILABLE,
+    OK,
+    Check,
+    check_name,
+    compare,
+    first_line,
+    fix,
+)
+from twn_kernels.errors import ImplUnavailable, OptionError, TableError, did_you_mean, quoted
 from twn_kernels.impl.cuda import loader
 from twn_kernels.ops import (
     LoRA,
     RoutePlan,
     choice,
+    choice_table,
     dual_lora_linear,
     dual_lora_linear_fanout,
     gate_scores,
     pool_queries,
 )
 from twn_kernels.settings import ENV_IMPL, IMPLS, impl_override
-from twn_kernels.testing.oracle import assert_as_good_as_torch
 
 __all__ = ["Check", "examine", "render"]
 
-OK, FAIL, NOT_AVAILABLE = "ok", "FAIL", "not available"
-
-# Of the layer and of its adapters. fp64 is missing because it is the truth.
-DTYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "fp16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16 with fp32 adapters": (torch.bfloat16, torch.float32),
-}
 # Tails in every dimension, unequal ranks, all four routes: what a wrong mask or stride would show in.
 TOKENS, IN_FEATURES, OUT_FEATURES, RANKS, SCALINGS = 37, 96, 81, (16, 5), (0.5, -1.75)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report.
-
-    Attributes:
-        name: what was checked.
-        status: ``"ok"``, ``"FAIL"`` or ``"not available"``.
-        detail: what was seen, or why it is not available.
-        fix: what to do about a failure; empty otherwise.
-    """
-
-    name: str
-    status: str
-    detail: str = ""
-    fix: str = ""
-
-    def __str__(self) -> str:
-        line = f"{self.status:<13}  {self.name}"
-        line += f": {self.detail}" if self.detail else ""
-        return f"{line}\n{'':<13}  fix: {self.fix}" if self.fix else line
-
-    def to_dict(self) -> dict[str, str]:
-        """The fields, ready for JSON."""
-        return asdict(self)
 
 
 def examine(device: torch.device | str | None = None) -> Iterator[Check]:
@@ -82,10 +58,12 @@ def examine(device: torch.device | str | None = None) -> Iterator[Check]:
     for impl in sorted(set(IMPLS) - {"auto"}, key=lambda name: (name != "reference", name)):
         reason = choice.unavailable_reason(impl, device)
         if reason is not None:
-            yield Check(f"{impl} on {device.type}", NOT_AVAILABLE, " ".join(reason.split()))
+            detail = f"{' '.join(reason.split())} Instead, {_instead(device)}"
+            yield Check(f"{impl} on {device.type}", NOT_AVAILABLE, detail)
             continue
         for dtype in DTYPES:
             yield from _dual_lora(impl, dtype, device)
+            yield from group.checks(impl, dtype, device)
     yield from _single_implementation(device)
 
 
@@ -107,6 +85,27 @@ def _installation(device: torch.device) -> Iterator[Check]:
         yield Check("GPU", NOT_AVAILABLE, "the driver lists none; the GPU checks did not run")
     yield _extension(device)
     yield from _override(device)
+    yield _choice_table(device)
+
+
+def _choice_table(device: torch.device) -> Check:
+    """Whether the table that ``auto`` follows can be read, and what it says for this device."""
+    title = "measurements that auto follows"
+    try:
+        rows = choice_table.packaged()
+    except TableError as error:
+        return Check(title, FAIL, " ".join(str(error).split()), "reinstall twn_kernels")
+    here = sum(row.arch == choice.arch(device) for row in rows) if device.type == "cuda" else 0
+    return Check(title, OK, f"{len(rows)} rows, {here} of them for this device; {_instead(device)}")
+
+
+def _instead(device: torch.device) -> str:
+    """What ``auto`` takes here for a 16-bit layer (fp32 on a CPU), or why it takes nothing."""
+    try:
+        taken = choice.chosen("auto", device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    except (OptionError, ImplUnavailable, TableError) as error:
+        return f'impl="auto" fails: {" ".join(str(error).split())}'
+    return f'impl="auto" takes {taken.impl}: {taken.reason}'
 
 
 def _override(device: torch.device) -> Iterator[Check]:
@@ -138,7 +137,7 @@ def _extension(device: torch.device) -> Check:
     except ImplUnavailable as error:
         return Check("CUDA extension", FAIL, str(error).splitlines()[0], loader.REBUILD)
     except RuntimeError as error:
-        return Check("CUDA extension", FAIL, _first_line(error), f"{loader.REBUILD}")
+        return Check("CUDA extension", FAIL, first_line(error), f"{loader.REBUILD}")
     return Check("CUDA extension", OK, f"{info}, loads{' and launches' if device.type == 'cuda' else ''}")
 
 
@@ -155,11 +154,11 @@ def _dual_lora(impl: str, dtype: str, device: torch.device) -> Iterator[Check]:
             got = _results(actual, inputs, fanout)
         except Exception as error:  # whatever breaks is the finding; the remaining checks must still run
             for part in ("forward", "backward"):
-                yield Check(_name(op, part, impl, dtype, device), FAIL, _first_line(error), _fix(impl, error))
+                yield Check(check_name(op, part, impl, dtype, device), FAIL, first_line(error), fix(impl, error))
             continue
         for part in ("forward", "backward"):
             names = [name for name in truth if name.startswith("d(") == (part == "backward")]
-            yield _compare(_name(op, part, impl, dtype, device), impl, names, got, truth, own)
+            yield compare(check_name(op, part, impl, dtype, device), impl, names, got, truth, own)
 
 
 def _single_implementation(device: torch.device) -> Iterator[Check]:
@@ -169,14 +168,14 @@ def _single_implementation(device: torch.device) -> Iterator[Check]:
             generator = torch.Generator().manual_seed(0)
             draws = [torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for shape in shapes]
             inputs = [draw.to(device, DTYPES[dtype][0]) for draw in draws]
-            title = _name(op, "forward", "reference", dtype, device)
+            title = check_name(op, "forward", "reference", dtype, device)
             try:
                 got = ours(*inputs)
             except Exception as error:  # the finding itself, as above
-                yield Check(title, FAIL, _first_line(error), _fix("reference", error))
+                yield Check(title, FAIL, first_line(error), fix("reference", error))
                 continue
             truth, own = (in_torch(*(t.to(wide) for t in inputs)) for wide in (torch.float64, torch.float32))
-            yield _compare(title, "reference", [op], {op: got}, {op: truth}, {op: own})
+            yield compare(title, "reference", [op], {op: got}, {op: truth}, {op: own})
 
 
 def _gate(features: Tensor, weight: Tensor, bias: Tensor, head: Tensor) -> Tensor:
@@ -197,34 +196,6 @@ _SINGLE = {
     "gate_scores": (_gate, _gate_in_torch, ((37, 96), (81, 96), (81,), (1, 81))),
     "pool_queries": (pool_queries, _pool_in_torch, ((37, 5, 96),)),
 }
-
-
-def _compare(title: str, impl: str, names: list[str], got: dict, truth: dict, own: dict) -> Check:
-    try:
-        for name in names:
-            assert_as_good_as_torch(got[name], truth[name], own[name], name)
-    except AssertionError as error:
-        return Check(title, FAIL, _first_line(error), _fix(impl))
-    return Check(title, OK)
-
-
-def _name(op: str, part: str, impl: str, dtype: str, device: torch.device) -> str:
-    return f"{op} {part}, {impl}, {dtype}, {device.type}"
-
-
-def _first_line(error: BaseException) -> str:
-    words = str(error).strip().splitlines() or [""]
-    return words[0] if isinstance(error, AssertionError) else f"{type(error).__name__}: {words[0]}"
-
-
-def _fix(impl: str, error: BaseException | None = None) -> str:
-    if isinstance(error, MissingDependency):
-        return "install what the message names"
-    if impl == "reference":
-        return "torch itself gives wrong results here; reinstall torch, then run this again"
-    report = "report it with the output of: twn-kernels env"
-    other = "blas" if impl != "blas" else "reference"
-    return f"set TWN_IMPL={other} until it is repaired, and {report}"
 
 
 def _inputs(dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device) -> dict:
