@@ -4,11 +4,13 @@ Needs no GPU: a kernel is compiled for a named architecture, and registers, spil
 are read with the ``cuobjdump`` inside the Triton wheel. It must run in a process without ``TRITON_INTERPRET``, where
 kernels are real; :class:`AotWorker` is such a process for callers (a test session, say) that do interpret.
 
-``python -m twn_kernels.testing.aot`` prints the static report of every kernel of ``impl="triton"`` as JSON lines.
+``python -m twn_kernels.testing.aot [ARCH ...]`` prints the static report of every kernel of ``impl="triton"`` as JSON
+lines, ``--table`` as a table; ``--baseline FILE`` writes the file that later reports are held to.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -226,12 +228,42 @@ def _serve() -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    if arguments == ["--serve"]:
+    parser = argparse.ArgumentParser(prog="python -m twn_kernels.testing.aot", description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "arch", nargs="*", type=int, default=[80, 90, 100], help="80, 90, 100, ...; default: these three"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--table", action="store_true", help="for people, instead of JSON lines")
+    how.add_argument("--baseline", metavar="FILE", help="write the baseline of the report to FILE")
+    how.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.serve:
         _serve()
         return
-    for arch in [int(argument) for argument in arguments] or [80, 90, 100]:
-        for report in static_report(arch):
-            print(json.dumps(report.to_dict()), flush=True)
+    for arch in options.arch:
+        if arch not in SHARED_MEMORY_BYTES:
+            parser.error(f"arch must be one of {', '.join(map(str, SHARED_MEMORY_BYTES))}, got {arch}")
+    _print_report(options)
+
+
+def _print_report(options: argparse.Namespace) -> None:
+    import triton
+
+    from twn_kernels.impl.triton.variants import variants
+    from twn_kernels.testing import kernel_report
+
+    entries = []
+    for arch in options.arch:
+        for variant, report in zip(variants(arch), static_report(arch), strict=True):
+            work = kernel_report.counted(variant, arch)
+            entries.append((report, work))
+            if not options.table and options.baseline is None:
+                print(json.dumps(report.to_dict() | {"work": work and work.to_dict()}), flush=True)
+    if options.table:
+        print(kernel_report.table(entries))
+    elif options.baseline is not None:
+        text = kernel_report.baseline_text((report for report, _ in entries), triton.__version__)
+        Path(options.baseline).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

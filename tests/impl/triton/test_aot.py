@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from twn_kernels.impl.triton.variants import variants
+from twn_kernels.testing import kernel_report
 from twn_kernels.testing.aot import AotWorker, compile_kernel
 
 CASES = [(arch, variant.name) for arch in (80, 90, 100) for variant in variants(arch)]
+BASELINE = Path(__file__).with_name("static_report.json")
+REGENERATE = "python -m twn_kernels.testing.aot --baseline tests/impl/triton/static_report.json"
 TENSOR_CORE = {80: {"HMMA"}, 90: {"HMMA", "HGMMA"}, 100: {"HMMA", "UTCHMMA"}}
 
 
@@ -28,6 +34,29 @@ def test_compiles_without_spills_on_tensor_cores(arch, name, aot_worker):
     else:
         # plain fp32 must not become tf32 behind our back
         assert not report.tensor_core, report
+    _hold_to_baseline(report)
+
+
+def _hold_to_baseline(report) -> None:
+    """Another Triton allocates registers as it likes; the rules above hold for every version."""
+    version, recorded = kernel_report.read_baseline(BASELINE)
+    entry = recorded.get(f"sm_{report.arch} {report.variant}")
+    if _minor(version) != _minor(triton.__version__) or entry is None:
+        return
+    assert kernel_report.regressions(report, entry) == [], report
+    grown = kernel_report.growth(report, entry)
+    if grown is not None:
+        warnings.warn(f"{grown}; where that is meant: {REGENERATE}", stacklevel=2)
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def test_the_baseline_lists_every_kernel():
+    _, recorded = kernel_report.read_baseline(BASELINE)
+    names = {f"sm_{arch} {name}" for arch, name in CASES}
+    assert set(recorded) == names, f"kernels came or went; write the baseline anew: {REGENERATE}"
 
 
 @pytest.mark.parametrize(("arch", "wanted"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
@@ -55,6 +84,7 @@ def test_a_scaling_passed_as_float64_compiles(tmp_path):
     program = """
 import dataclasses
 from twn_kernels.impl.triton.variants import variants
+from twn_kernels.testing import kernel_report
 from twn_kernels.testing.aot import compile_kernel
 variant = next(v for v in variants(90) if v.name.startswith("shrink-ds-bf16-bf16"))
 assert variant.signature["scaling_r"] == variant.signature["scaling_e"] == "fp32"
@@ -71,6 +101,7 @@ def test_sizes_of_one_compile():
     """Triton turns an integer argument of 1 into a constant, which has fewer methods than a value."""
     program = """
 from twn_kernels.impl.triton.variants import variants
+from twn_kernels.testing import kernel_report
 from twn_kernels.testing.aot import compile_kernel
 never = {"M", "L", "splits", "tokens_per_split", "features_per_split", "threshold_r", "threshold_e"}
 for prefix in ("gemm-forward-bf16", "gemm-fanout-bf16-fp32", "shrink-forward", "grad-da_dropout-bf16", "reduce-s"):
