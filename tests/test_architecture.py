@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "env": {"ops", "impl"},
     "doctor": {"ops", "impl", "testing", "env"},
     "demo": {"benchmarking", "testing", "pipeline", "patching", "modules", "ops", "checkpoint"},
-    "cli": {"doctor", "demo", "env", "evaluation", "training", "pipeline", "patching", "ops", "checkpoint"},
+    "cli": {"doctor", "demo", "env", "evaluation", "training", "pipeline", "patching", "ops", "checkpoint", "benchmarking"},
     "testing": {"pipeline", "patching", "modules", "ops", "impl", "checkpoint"},
     "benchmarking": {"testing", "pipeline", "patching", "modules", "ops", "impl", "checkpoint", "env"},
 }

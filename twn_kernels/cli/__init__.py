@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from twn_kernels import __version__
+from twn_kernels.cli import bench
 from twn_kernels.cli.values import DTYPES, count, fraction, one_of
 from twn_kernels.errors import OptionError, TWNError, TWNWarning, did_you_mean
 from twn_kernels.settings import IMPLS
@@ -83,6 +84,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
         near = did_you_mean(argv[0], _COMMANDS)
         parser.error(f"there is no command {argv[0]!r}; commands: {', '.join(_COMMANDS)}.{near}")
+    if argv[:1] == ["bench"] and len(argv) > 1 and not argv[1].startswith("-") and argv[1] not in bench.ACTIONS:
+        near = did_you_mean(argv[1], bench.ACTIONS)
+        parser.error(f"bench has no action {argv[1]!r}; actions: {', '.join(bench.ACTIONS)}.{near}")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
@@ -102,7 +106,7 @@ def _one_line(error: Exception, command: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
-        description="Two LoRA adapters on one frozen multimodal model: check, inspect, convert, embed.",
+        description="Two LoRA adapters on one frozen multimodal model: check, inspect, convert, embed, measure.",
         epilog="Exit codes: 0 done, 1 failed or a check is red, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
@@ -303,4 +307,5 @@ _COMMANDS = {
     "convert": _add_convert,
     "embed": _add_embed,
     "demo": _add_demo,
+    "bench": bench.add,
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from twn_kernels.errors import did_you_mean, quoted
 
-__all__ = ["DTYPES", "count", "fraction", "one_of"]
+__all__ = ["DTYPES", "count", "fraction", "not_negative", "one_of"]
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -31,6 +31,17 @@ def count(word: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be a whole number, 1 or more, got "{word}".')
+    return value
+
+
+def not_negative(word: str) -> float:
+    """A finite number, 0 or more."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f'must be a number of 0 or more, got "{word}".')
     return value
 
 

@@ -1,0 +1,200 @@
+"""``twn-kernels bench``: run the suites of a checkout, report on result files, compare two, derive the choice table.
+
+Owns the options, what is printed, and what is written where. Measuring is the checkout's ``bench/``, deriving
+:mod:`twn_kernels.benchmarking`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from twn_kernels.cli.values import not_negative
+from twn_kernels.errors import OptionError, ResultError
+
+__all__ = ["ACTIONS", "add"]
+
+_RESULTS = ("bench", "results")
+
+
+def add(subparsers) -> argparse.ArgumentParser:
+    """Add ``bench`` and its actions; each has ``--json`` and ``--traceback`` like every command."""
+    parser = subparsers.add_parser("bench", allow_abbrev=False, help="measure, report, compare")
+    actions = parser.add_subparsers(dest="action", metavar="action", required=True)
+    for add_action in ACTIONS.values():
+        action = add_action(actions)
+        action.set_defaults(parser=action)
+        action.allow_abbrev = False
+        for name, words in (
+            ("--json", "print the report as one JSON document"),
+            ("--traceback", "show where it failed"),
+        ):
+            # Suppressed: a default here would undo the option where it stands before the action.
+            action.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=words)
+    return parser
+
+
+def _add_report(actions) -> argparse.ArgumentParser:
+    parser = actions.add_parser(
+        "report",
+        help="tables and plots of result files; the README's measured section",
+        description="Without --readme and --out the report goes to stdout. The README only takes results of a GPU.",
+    )
+    parser.add_argument("results", nargs="*", metavar="FILE|DIR", help="default: bench/results of this checkout")
+    parser.add_argument("--readme", help="rewrite the measured section of this file, between its markers")
+    parser.add_argument("--out", help="folder for report.md and the plots (needs matplotlib: extra bench)")
+    parser.set_defaults(run=_report)
+    return parser
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from twn_kernels.benchmarking import report
+    from twn_kernels.benchmarking.digest import devices
+    from twn_kernels.benchmarking.targets import judge
+
+    readme = None if arguments.readme is None else _readable(Path(arguments.readme))
+    sources = _sources(arguments.results, Path(arguments.readme).parent if readme is not None else None)
+    if readme is not None:
+        report.replace_section(readme, "", arguments.readme)  # a missing marker must show before anything is written
+    written = [] if arguments.out is None else report.write_report(sources, arguments.out)
+    if readme is not None:
+        section = report.readme_section(sources, _figures(written, Path(arguments.readme).parent))
+        _write(Path(arguments.readme), report.replace_section(readme, section, arguments.readme))
+        written = [Path(arguments.readme), *written]
+    if arguments.json:
+        verdicts = {device.name: [v.to_dict() for v in judge(device)] for device in devices(sources)}
+        counted = {device.name: len(device.contests) for device in devices(sources)}
+        paths = [str(path) for path in written]
+        _print_json({"results": [s.name for s in sources], "cases": counted, "targets": verdicts, "written": paths})
+    elif written:
+        print("\n".join(f"wrote {path}" for path in written))
+    else:
+        print(report.full_report(sources), end="")
+
+
+def _figures(written: Sequence[Path], folder: Path) -> list[str]:
+    """Plots as the README links them; those outside its folder would be broken links for everyone else."""
+    inside = []
+    for path in written:
+        if path.suffix == ".svg" and path.resolve().is_relative_to(folder.resolve()):
+            inside.append(path.resolve().relative_to(folder.resolve()).as_posix())
+    return inside
+
+
+def _add_compare(actions) -> argparse.ArgumentParser:
+    parser = actions.add_parser(
+        "compare",
+        help="two results of one device; 1 where a row is slower beyond noise, broken or missing",
+        description="Rows are paired by id. Noise: half of each run's p20-p80 spread, added, but at least --noise.",
+    )
+    parser.add_argument("before", metavar="A", help="result file, or a folder that holds one")
+    parser.add_argument("after", metavar="B", help="result file, or a folder that holds one")
+    parser.add_argument("--noise", type=not_negative, metavar="PERCENT", help="change that is always noise; default 3")
+    parser.set_defaults(run=_compare)
+    return parser
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from twn_kernels.benchmarking.comparing import FLOOR, compare_runs, render
+    from twn_kernels.benchmarking.files import load_pair
+
+    before, after = load_pair(arguments.before, arguments.after)
+    floor = FLOOR if arguments.noise is None else arguments.noise / 100
+    found = compare_runs(before.run, after.run, floor=floor)
+    _print_json(found.to_dict()) if arguments.json else print(render(found))
+    return int(not found.ok)
+
+
+def _add_choices(actions) -> argparse.ArgumentParser:
+    parser = actions.add_parser(
+        "choices",
+        help='rows of the table that impl="auto" follows, from results of GPUs',
+        description="A token count gets a row where one implementation was right and fastest in every case.",
+    )
+    parser.add_argument("results", nargs="*", metavar="FILE|DIR", help="default: bench/results of this checkout")
+    parser.add_argument("--out", help="write the table there, such as twn_kernels/ops/choices.json")
+    parser.set_defaults(run=_choices)
+    return parser
+
+
+def _choices(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from twn_kernels.benchmarking.choosing import choose
+    from twn_kernels.ops import choice_table
+
+    found = choose(_sources(arguments.results, None))
+    text = json.dumps(found.table(), indent=2) + "\n"
+    choice_table.parse(text, "the derived table")
+    if arguments.out is not None:
+        _write(Path(arguments.out), text)
+    if arguments.json:
+        _print_json({**found.table(), "undecided": [asdict(entry) for entry in found.undecided]})
+        return
+    for row in found.rows:
+        where = f"{row.arch} {row.dtype} {row.site}, {row.min_tokens} to {row.max_tokens} tokens"
+        print(f"{where}: {row.impl} ({len(row.cases)} cases of {row.source})")
+    for entry in found.undecided:
+        print(f"{entry.arch} {entry.dtype} {entry.site}, {entry.tokens} tokens: none; {entry.why}")
+    print(f"{len(found.rows)} rows" + ("" if arguments.out is None else f": wrote {arguments.out}"))
+
+
+def _sources(paths: Sequence[str], relative_to: Path | None) -> list:
+    from twn_kernels.benchmarking.files import find
+
+    if not paths:
+        folder = _checkout("results").joinpath(*_RESULTS)
+        paths = [str(folder)] if any(folder.rglob("*.json")) else []
+    found = find(paths, relative_to)
+    for path in found.left_out:
+        print(f"twn-kernels bench: {path} is no benchmark result and is left out", file=sys.stderr)
+    return found.sources
+
+
+def _checkout(what: str) -> Path:
+    """The root of the checkout that this package is imported from; its ``bench/`` is no part of a wheel."""
+    import twn_kernels
+
+    root = Path(twn_kernels.__file__).resolve().parent.parent
+    if not (root / "bench").is_dir():
+        raise OptionError(
+            f"bench {what} needs the folder bench/ of a checkout, and this installation at {root} has none. Clone the "
+            "repository, run pip install -e . there, and use that; or name result files."
+        )
+    return root
+
+
+def _readable(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f'--readme: "{path}" cannot be read: {error}.') from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file, whole or not at all."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        if path.exists():
+            staged.chmod(path.stat().st_mode & 0o777)
+        os.replace(staged, path)
+    except OSError as error:
+        raise ResultError(f'"{path}" cannot be written: {error.strerror or error}.') from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _print_json(document) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+ACTIONS: dict[str, Callable] = {
+    "report": _add_report,
+    "compare": _add_compare,
+    "choices": _add_choices,
+}
