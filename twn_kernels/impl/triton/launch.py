@@ -202,7 +202,7 @@ def _weight_grads(wide, narrow, pair: _Pair, needed, like, *, transposed: bool) 
     grad_kernel[(-(-features // config.block_f), sum(-(-rank // config.block_r) for rank in ranks), splits)](
         *wide, narrow, narrow[:, pair.ranks[0] :], pair.routes, pair.seed if pair.drops else None, *targets,
         tokens, features, *ranks, -(-stretches // splits) * config.stretch,
-        *wide[0].stride(), *wide[1].stride(), narrow.shape[1], *targets[0].stride(), *targets[1].stride(),
+        *wide[0].stride(), *wide[1].stride(), narrow.stride(0), *targets[0].stride(), *targets[1].stride(),
         features * total, *(pair.inverse_keep if parts is None else (1.0, 1.0)), *pair.thresholds,
         DROPOUT=pair.drops, PRECISION=_precision(wide[0].dtype, pair.dtype),
         BLOCK_F=config.block_f, BLOCK_R=config.block_r, BLOCK_T=config.block_t, STRETCH=config.stretch,

@@ -11,7 +11,7 @@ import functools
 
 from twn_kernels.impl.triton.config import ARCHITECTURES, bucket
 
-__all__ = ["ProduceConfig", "produce_config", "produce_tiles"]
+__all__ = ["ProduceConfig", "all_configs", "group_shrink_config", "produce_config", "produce_tiles"]
 
 _PROCESSORS = 108  # the smallest part that has to be filled: an A100
 
@@ -81,6 +81,32 @@ def produce_tiles(config: ProduceConfig, tokens: int, features: int, ranks: int)
         return max(columns, 1)
     chunks = _cdiv(_cdiv(features, config.block_k), config.splits)
     return max(columns, min(chunks, 16), 1)
+
+
+def group_shrink_config(
+    tokens: int, features: int, rank: int, wide: bool, arch: int, *, aligned: bool = True
+) -> ProduceConfig:
+    """Configuration of ``dS``: ``features`` of the widest projection, the largest ``rank`` of one adapter."""
+    return _group_shrink_config(bucket(tokens), features, bucket(rank), wide, _known(arch), aligned)
+
+
+@functools.lru_cache(maxsize=4096)
+def _group_shrink_config(tokens: int, features: int, rank: int, wide: bool, arch: int, aligned: bool) -> ProduceConfig:
+    config = _group_shrink_tile(tokens, rank, wide, aligned)
+    programs = _cdiv(tokens, config.block_m) * _cdiv(rank, config.block_r)
+    steps, splits = _cdiv(features, config.block_k), 1
+    while splits < _MAX_SPLIT and programs * splits * 2 <= _PROCESSORS and steps >= splits * 2 * 4:
+        splits *= 2
+    return dataclasses.replace(config, splits=splits)
+
+
+def _group_shrink_tile(tokens: int, rank: int, wide: bool, aligned: bool) -> ProduceConfig:
+    block_r = 16 if rank <= 16 else 32 if rank <= 32 else 64
+    if wide or not aligned:
+        return ProduceConfig(16 if tokens <= _FEW_TOKENS else 32, 32, 16, num_warps=8, num_stages=3)
+    if tokens <= _FEW_TOKENS:
+        return ProduceConfig(16, block_r, 64, num_warps=4, num_stages=4)
+    return ProduceConfig(64, block_r, 64, num_warps=8, num_stages=4)
 
 
 def _known(arch: int) -> int:
