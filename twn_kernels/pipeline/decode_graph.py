@@ -17,6 +17,7 @@ from torch import Tensor
 import twn_kernels.patching as patching
 from twn_kernels.errors import OptionError, ShapeError
 from twn_kernels.ops import RoutePlan
+from twn_kernels.ops.plan import route_bits
 from twn_kernels.patching.record import find_record
 from twn_kernels.pipeline.backbone import Backbone
 from twn_kernels.pipeline.captured_steps import CapturedSteps
@@ -53,11 +54,6 @@ class DecodeGraph:
             True raises where nothing can be captured.
         block: finest step of a column bucket.
 
-    Attributes:
-        capture: whether steps are captured; turned off where capture was not demanded and failed.
-        failure: why a capture failed, or None.
-        hidden: ``[rows, hidden]`` of the last step's bucket; its first rows are the batch's until rows end.
-
     Raises:
         ImplUnavailable: the model cannot decode on fixed buffers, or ``capture=True`` and it cannot be captured.
 
@@ -79,14 +75,9 @@ class DecodeGraph:
     """
 
     def __init__(self, backbone: Backbone, *, capture: bool | None = None, block: int = _BLOCK) -> None:
-        mode = "cuda_graph" if capture or (capture is None and backbone.device.type == "cuda") else "static"
-        if capture is None and mode == "cuda_graph":
-            choose(backbone, "static")
-            mode = "static" if why_not_captured(backbone) else mode
-        else:
-            choose(backbone, mode)
-        active = mode == "cuda_graph"
-        failure = why_not_captured(backbone) if capture is None and not active else None
+        choose(backbone, "cuda_graph" if capture else "static")
+        failure = why_not_captured(backbone) if capture is None else None
+        active = capture or (capture is None and failure is None)
         self.backbone, self.block = backbone, block
         self._steps = CapturedSteps(active, demanded=bool(capture), failure=failure)
         self._masks = FixedMasks(backbone)
@@ -102,7 +93,7 @@ class DecodeGraph:
         self._slots: list[int] = []
         self._routes: list[int] = []
         self._rows = self._length = self._present = 0
-        self.hidden = self._logits = self._index = None
+        self._hidden = self._logits = self._index = None
 
     @property
     def capture(self) -> bool:
@@ -158,7 +149,7 @@ class DecodeGraph:
 
         Raises:
             ShapeError: the arguments do not fit one another.
-            PatchError, OptionError: a route names no adapter.
+            OptionError: a name that is no route.
         """
         _check_batch(cache, mask, next_position)
         rows, length = mask.shape
@@ -174,7 +165,7 @@ class DecodeGraph:
         self._valid[:rows, :length].copy_(mask)
         self._present = 0
         for name in adapters:
-            self._present |= _bits(name)
+            self._present |= route_bits(name)
         self.set_routes(routes)
 
     def set_routes(self, routes: str | Sequence[str | None] | None) -> None:
@@ -190,7 +181,7 @@ class DecodeGraph:
         names = [routes] * len(self._slots) if routes is None or isinstance(routes, str) else list(routes)
         if len(names) != len(self._slots):
             raise ShapeError(f"routes must name one for each of {len(self._slots)} rows, got {len(names)}.")
-        self._routes = [_bits(name) for name in names]
+        self._routes = [route_bits(name) for name in names]
         for bits in self._routes:
             self._present |= bits
         self._refresh()
@@ -235,6 +226,15 @@ class DecodeGraph:
         self._steps.run((rows, columns, self._present), lambda: self._compute(rows, columns), counters)
         self._length += 1
         return self._logits[:count] if index is None else self._logits.index_select(0, index)
+
+    @property
+    def hidden(self) -> Tensor:
+        """``[rows, hidden]`` of the last layer after the last step, in the order of the rows that are left.
+
+        Overwritten by the next step.
+        """
+        index = self._slot_index()
+        return self._hidden[: len(self._slots)] if index is None else self._hidden.index_select(0, index)
 
     def rewind(self, length: int) -> None:
         """Forget all tokens of every row past the first ``length``.
@@ -304,7 +304,7 @@ class DecodeGraph:
             self._ids = torch.zeros(rows, dtype=torch.long, device=device)
             self._next_position = torch.zeros(rows, dtype=torch.long, device=device)
             self._valid = torch.ones(rows, capacity, dtype=torch.bool, device=device)
-            self.hidden = torch.zeros(rows, config.hidden_size, dtype=self.backbone.dtype, device=device)
+            self._hidden = torch.zeros(rows, config.hidden_size, dtype=self.backbone.dtype, device=device)
             vocabulary = getattr(self.backbone.head, "out_features", config.vocab_size)
             self._logits = torch.zeros(rows, vocabulary, device=device)
 
@@ -321,7 +321,7 @@ class DecodeGraph:
         with routed, grouped_attention(backbone.config):
             vectors = backbone.embeddings(self._ids[:rows, None])
             hidden = backbone.continue_(vectors, mask, first, kv.view(rows, columns))[:, -1]
-        self.hidden[:rows].copy_(hidden)
+        self._hidden[:rows].copy_(hidden)
         self._logits[:rows].copy_(backbone.logits(hidden))
         first.add_(1)
         kv.column.add_(1)
@@ -345,12 +345,6 @@ def _check_batch(cache, mask: Tensor, next_position: Tensor) -> None:
                 f"layer {index} of the cache holds {list(layer.keys.shape[::2])} rows and tokens, expected "
                 f"{list(mask.shape)}. Fill a cache that keeps every token: transformers' DynamicCache()."
             )
-
-
-def _bits(name: str | None) -> int:
-    if name not in ROUTE_BITS:
-        raise OptionError(f"route must be reasoning, embedding, both or None, got {name!r}.")
-    return ROUTE_BITS[name]
 
 
 def _widened(valid: Tensor, columns: int) -> Tensor:

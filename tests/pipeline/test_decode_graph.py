@@ -1,0 +1,363 @@
+"""Decode steps on fixed buffers: equal to a growing cache, row by row, through every change of batch, routes, weights.
+
+The step runs eagerly here, or from a recording of its operators, which sees what a captured graph would see.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import twn_kernels
+from twn_kernels.errors import ImplUnavailable, OptionError, ShapeError, TWNWarning
+from twn_kernels.pipeline.backbone import Backbone
+from twn_kernels.pipeline.captured_steps import CapturedSteps
+from twn_kernels.pipeline.decode_graph import DecodeGraph, column_bucket, row_bucket
+from twn_kernels.pipeline.decode_step import DecodeStep
+from twn_kernels.testing.oracle import assert_as_good_as_torch
+from twn_kernels.testing.recorded_graph import record
+from twn_kernels.testing.tiny_models import FAMILIES, tiny_inputs, tiny_model
+
+BLOCK = 8  # columns: small enough that a few steps cross buckets and outgrow the buffers
+MIXED = ["reasoning", None, "embedding", "both", "reasoning"]
+
+
+def backbone(family: str, dtype=torch.float32, attention: str = "sdpa") -> Backbone:
+    model = twn_kernels.patch(tiny_model(family, dtype=dtype), rank=4)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.set_attn_implementation(attention)
+    return Backbone(model)
+
+
+def read(base: Backbone, family: str, rows: int):
+    """A prompt of unequal lengths, with images where the family sees, and the cache that holds it."""
+    prompt, cache = base.prompt(tiny_inputs(family, batch=rows)), base.new_cache()
+    with torch.no_grad():
+        base.read(prompt, None, cache)
+    return prompt, cache
+
+
+class Growing:
+    """The same rows on a cache that grows, one eager step after another."""
+
+    def __init__(self, base: Backbone, family: str, rows: int, routes) -> None:
+        self.base, (prompt, self.cache) = base, read(base, family, rows)
+        self.mask, self.next, self.routes = prompt.mask, prompt.next_position, list(routes)
+
+    @torch.no_grad()
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
+        with twn_kernels.route(self.base.model, self.routes):
+            vectors = self.base.embeddings(ids[:, None])
+            hidden = self.base.continue_(vectors, self.mask, self.next, self.cache)
+        self.next = self.next + 1
+        return hidden[:, -1]
+
+    def keep(self, places) -> None:
+        index = torch.tensor(places)
+        self.cache.batch_select_indices(index)
+        self.mask, self.next = self.mask[index], self.next[index]
+        self.routes = [self.routes[place] for place in places]
+
+
+class Fixed:
+    """The same rows on fixed buffers."""
+
+    def __init__(self, base: Backbone, family: str, rows: int, routes, block: int = BLOCK, **options) -> None:
+        prompt, cache = read(base, family, rows)
+        self.graph = DecodeGraph(base, block=block)
+        self.graph.load(cache, prompt.mask, prompt.next_position, routes=routes, **options)
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = self.graph.step(ids)
+        assert torch.equal(logits.argmax(1), self.graph.backbone.logits(self.graph.hidden).argmax(1))
+        return self.graph.hidden.clone()
+
+    def keep(self, places) -> None:
+        self.graph.keep(places)
+
+
+def tokens(rows: int, step: int) -> torch.Tensor:
+    return torch.arange(rows) * 7 + step * 3 + 5
+
+
+def run(batch, rows: int, steps: int, kept=()) -> torch.Tensor:
+    """Hidden states of every step, flattened; ``kept`` says which places go on after which step."""
+    out, kept = [], dict(kept)
+    for step in range(steps):
+        out.append(batch.step(tokens(rows, step)).flatten())
+        if step in kept:
+            batch.keep(kept[step])
+            rows = len(kept[step])
+    return torch.cat(out)
+
+
+def check(family: str, rows: int, steps: int, kept=(), routes=None, attention: str = "sdpa") -> Fixed:
+    routes = MIXED[:rows] if routes is None else routes
+    own = run(Growing(backbone(family, attention=attention), family, rows, routes), rows, steps, kept)
+    # transformers' eager attention rounds a padded row's float64 mask to fp32 infinities, hence to NaN.
+    truth = run(Growing(backbone(family, torch.float64), family, rows, routes), rows, steps, kept)
+    fixed = Fixed(backbone(family, attention=attention), family, rows, routes)
+    assert_as_good_as_torch(run(fixed, rows, steps, kept), truth, own, family)
+    return fixed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_equal_a_growing_cache(family):
+    fixed = check(family, rows=3, steps=12)
+    assert fixed.graph.length == 14 + 12, "the steps crossed buckets, and Gemma's window of 8"
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen2_5_vl"])
+def test_eager_attention(family):
+    check(family, rows=2, steps=4, attention="eager")
+
+
+@pytest.mark.parametrize("kept", [{1: [1, 4]}, {0: [0, 2, 3], 2: [2]}, {1: [4, 0]}, {0: [0, 1, 2, 3], 1: [3]}], ids=str)
+def test_rows_that_end_leave_the_others_alone(kept):
+    fixed = check("qwen3_vl", rows=5, steps=5, kept=kept)
+    assert fixed.graph._rows == row_bucket(len(list(kept.values())[-1]))
+
+
+def test_buffers_grow_and_keep_what_they_hold():
+    base = backbone("llama")
+    fixed = Fixed(base, "llama", 2, MIXED[:2])
+    first = fixed.graph.capacity
+    check("llama", rows=2, steps=2 * BLOCK + 3)
+    for step in range(2 * BLOCK + 3):
+        fixed.step(tokens(2, step))
+    assert fixed.graph.capacity > first and fixed.graph.length > first
+
+
+def test_a_second_batch_finds_nothing_of_the_first():
+    base = backbone("llama")
+    prompt, cache = read(base, "llama", 4)
+    graph = DecodeGraph(base, block=BLOCK)
+    graph.load(cache, prompt.mask, prompt.next_position, room=3 * BLOCK, routes="both")
+    for layer in graph._kv._keys + graph._kv._values:
+        layer.fill_(float("nan"))  # what rows of NaN would have left behind
+    bytes_before = graph.bytes
+    small, cache = read(base, "llama", 2)
+    graph.load(cache, small.mask, small.next_position, routes=MIXED[:2])
+    growing = Growing(base, "llama", 2, MIXED[:2])
+    truth = run(Growing(backbone("llama", torch.float64), "llama", 2, MIXED[:2]), 2, 3)
+    got = []
+    for step in range(3):
+        graph.step(tokens(2, step))
+        got.append(graph.hidden.flatten().clone())
+    got = torch.cat(got)
+    assert_as_good_as_torch(got, truth, run(growing, 2, 3))
+    assert graph.bytes == bytes_before, "nothing was allocated anew"
+
+
+def test_a_row_of_nan_stays_alone_through_a_smaller_bucket():
+    base = backbone("llama")
+    prompt, cache = read(base, "llama", 3)
+    clean = DecodeGraph(base, block=BLOCK)
+    clean.load(cache, prompt.mask, prompt.next_position, routes="reasoning")
+    dirty = DecodeGraph(base, block=BLOCK)
+    for layer in cache.layers:
+        layer.keys[0], layer.values[0] = float("nan"), float("nan")
+    dirty.load(cache, prompt.mask, prompt.next_position, routes="reasoning")
+    logits = dirty.step(tokens(3, 0))
+    assert logits[0].isnan().any() and torch.equal(logits[1:], clean.step(tokens(3, 0))[1:])
+    for graph in (clean, dirty):
+        graph.keep([2])  # moves into the slot that held NaN
+    for step in range(1, 4):
+        assert torch.equal(clean.step(tokens(1, step)), dirty.step(tokens(1, step)))
+
+
+def test_spare_rows_are_finite_and_follow_the_base():
+    fixed = Fixed(backbone("qwen3_vl"), "qwen3_vl", 5, MIXED)
+    fixed.step(tokens(5, 0))
+    (plan,) = fixed.graph._plans.values()
+    assert plan.routes.tolist() == [1, 0, 2, 3, 1, 0, 0, 0] and fixed.graph._hidden.isfinite().all()
+    fixed.keep([0, 2, 3, 4])
+    fixed.step(tokens(4, 1))
+    assert fixed.graph._hidden.shape[0] == 8 and fixed.graph._hidden.isfinite().all()
+    assert fixed.graph._plans[4, 3].routes.tolist() == [1, 1, 2, 3], "the last row moved into the place that fell free"
+
+
+def test_taken_rows_go_on_by_themselves():
+    base = backbone("qwen2_5_vl")
+    fixed, growing = (kind(base, "qwen2_5_vl", 5, MIXED) for kind in (Fixed, Growing))
+    wide = Growing(backbone("qwen2_5_vl", torch.float64), "qwen2_5_vl", 5, MIXED)
+    for batch in (fixed, growing, wide):
+        run(batch, 5, 2, {1: [0, 3]})
+    cache, mask, following = fixed.graph.take([1])
+    assert cache.get_seq_length() == mask.shape[1] == growing.mask.shape[1] == 16
+    assert torch.equal(mask, growing.mask[1:]) and torch.equal(following, growing.next[1:])
+    taken = Growing.__new__(Growing)
+    taken.base, taken.cache, taken.mask, taken.next, taken.routes = base, cache, mask, following, ["both"]
+    for batch in (growing, wide):
+        batch.keep([1])
+    assert_as_good_as_torch(taken.step(tokens(1, 9)), wide.step(tokens(1, 9)), growing.step(tokens(1, 9)))
+    before = fixed.graph.length
+    assert cache.get_seq_length() == before + 1 and fixed.graph.take([0])[0].get_seq_length() == before
+
+
+def test_rewinding_repeats_a_step_exactly():
+    fixed = Fixed(backbone("qwen3_vl"), "qwen3_vl", 2, "both")
+    first = run(fixed, 2, 3)
+    fixed.graph.rewind(14)
+    assert torch.equal(run(fixed, 2, 3), first)
+    with pytest.raises(OptionError, match=r"length must be in \[0, 17\] \(what the rows hold\), got 18"):
+        fixed.graph.rewind(18)
+
+
+def recorded(fixed: Fixed, monkeypatch) -> list:
+    """Make the graph replay recordings; returns the list that they are added to."""
+    made = []
+
+    def capture(steps, step, counters):
+        before = [counter.clone() for counter in counters]
+        made.append(record(step))
+        for counter, value in zip(counters, before, strict=True):
+            counter.copy_(value)
+        return made[-1]
+
+    monkeypatch.setattr(CapturedSteps, "capture", capture)
+    fixed.graph._steps.active = True
+    return made
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3_text", "gpt_neox"])
+def test_one_recording_follows_routes_and_weights(family, monkeypatch):
+    base, rows = backbone(family), 3
+    options = {"block": 32, "adapters": ["reasoning", "embedding"]}
+    fixed, eager = (Fixed(base, family, rows, "reasoning", **options) for _ in range(2))
+    made = recorded(fixed, monkeypatch)
+    for step, routes in enumerate([["reasoning"] * 3, [None, "both", "embedding"], [None] * 3, ["both"] * 3]):
+        for batch in (fixed, eager):
+            batch.graph.set_routes(routes)
+        assert torch.equal(fixed.step(tokens(rows, step)), eager.step(tokens(rows, step))), routes
+    before = eager.step(tokens(rows, 4))
+    fixed.step(tokens(rows, 4))
+    with torch.no_grad():
+        for name, parameter in base.model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-1.5)
+    eager.graph.rewind(18)
+    fixed.graph.rewind(18)
+    after = fixed.step(tokens(rows, 4))
+    assert torch.equal(after, eager.step(tokens(rows, 4))) and not torch.equal(after, before)
+    assert len(made) == 1, "one recording served every step"
+
+
+def test_a_recording_for_each_bucket(monkeypatch):
+    base = backbone("llama")
+    fixed, eager = (Fixed(base, "llama", 5, "reasoning", room=10) for _ in range(2))
+    recorded(fixed, monkeypatch)
+    kept = {2: [1, 3], 4: [1]}
+    assert torch.equal(run(fixed, 5, 7, kept), run(eager, 5, 7, kept))
+    assert fixed.graph.captured == [(8, 16), (8, 24), (2, 24), (1, 24)]
+
+
+def test_replaced_weights_are_captured_anew(monkeypatch):
+    base = backbone("llama")
+    fixed = Fixed(base, "llama", 2, "reasoning")
+    recorded(fixed, monkeypatch)
+    prompt, cache = read(base, "llama", 2)
+
+    def again():
+        fixed.graph.load(cache, prompt.mask, prompt.next_position)
+        return fixed.step(tokens(2, 0))
+
+    first = again()
+    held = fixed.graph._steps.keys
+    assert torch.equal(again(), first) and fixed.graph._steps.keys == held != []
+    layer = base.decoder.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * 2)
+    doubled = again()
+    assert not torch.equal(doubled, first)
+    layer.scaling["reasoning"] = 3.0
+    assert not torch.equal(again(), doubled), "a scaling is baked in, so it must be captured anew too"
+
+
+def test_a_step_that_cannot_be_captured_says_so_and_runs(monkeypatch):
+    base = backbone("llama")
+    fixed, eager = (Fixed(base, "llama", 2, "reasoning") for _ in range(2))
+    recorded(fixed, monkeypatch)
+    plain = type(base.decoder.norm).forward
+
+    def asks_the_host(self, hidden):
+        return plain(self, hidden) * (1.0 if float(hidden.abs().max()) >= 0 else 2.0)
+
+    monkeypatch.setattr(type(base.decoder.norm), "forward", asks_the_host)
+    with pytest.warns(TWNWarning, match="capturing a step failed: .*wait for each other.* run eagerly from here on"):
+        got = fixed.step(tokens(2, 0))
+    assert torch.equal(got, eager.step(tokens(2, 0)))
+    assert not fixed.graph.capture and "wait for each other" in fixed.graph.failure
+    assert torch.equal(fixed.step(tokens(2, 1)), eager.step(tokens(2, 1)))
+    demanding = CapturedSteps(True, demanded=True)
+    with pytest.raises(ImplUnavailable, match="capturing a step failed: .*Decode without a graph: capture=None"):
+        demanding.run("key", lambda: float(torch.ones(1)), [torch.zeros(1)])
+
+
+def test_only_so_many_graphs_are_kept():
+    steps = CapturedSteps(True)
+    steps.capture = lambda step, counters: record(step)
+    out = torch.zeros(1)
+    for key in range(70):
+        steps.run(key, lambda: out.add_(1), [out])
+    assert steps.keys == list(range(6, 70))
+    steps.forget()
+    assert steps.keys == []
+
+
+def test_buffers_of_inference_mode_serve_outside_of_it():
+    base = backbone("llama")
+    graph = DecodeGraph(base, block=BLOCK)
+    with torch.inference_mode():
+        prompt, cache = read(base, "llama", 2)
+        graph.load(cache, prompt.mask, prompt.next_position)
+        inside = graph.step(tokens(2, 0)).clone()
+    prompt, cache = read(base, "llama", 2)
+    graph.load(cache, prompt.mask, prompt.next_position)
+    assert torch.equal(graph.step(tokens(2, 0)), inside)
+
+
+def test_buckets():
+    assert [row_bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 33)] == [1, 2, 4, 4, 8, 8, 16, 64]
+    assert [column_bucket(n) for n in (1, 256, 257, 1025, 2049, 4097)] == [256, 256, 512, 1280, 2560, 5120]
+    for columns in range(1025, 9000, 17):
+        assert columns <= column_bucket(columns) <= 1.25 * columns
+
+
+def test_wrong_batches_and_routes():
+    base = backbone("llama")
+    prompt, cache = read(base, "llama", 2)
+    graph = DecodeGraph(base, block=BLOCK)
+    with pytest.raises(ShapeError, match=r"ids must be \[0\], one for each row that is loaded, got \[2\]"):
+        graph.step(tokens(2, 0))
+    with pytest.raises(ShapeError, match=r"mask must be \[rows, 14\] .* got \[2, 13\] and \[2\]"):
+        graph.load(cache, prompt.mask[:, 1:], prompt.next_position)
+    with pytest.raises(ShapeError, match=r"layer 0 of the cache holds \[2, 14\] rows and tokens, expected \[1, 14\]"):
+        graph.load(cache, prompt.mask[:1], prompt.next_position[:1])
+    with pytest.raises(OptionError, match="route must be .* got 'reasonin'. Did you mean \"reasoning\""):
+        graph.load(cache, prompt.mask, prompt.next_position, routes="reasonin")
+    with pytest.raises(ShapeError, match="routes must name one for each of 2 rows, got 3"):
+        graph.load(cache, prompt.mask, prompt.next_position, routes=[None] * 3)
+    graph.load(cache, prompt.mask, prompt.next_position)
+    with pytest.raises(ShapeError, match=r"ids must be \[2\], one for each row that is loaded, got \[2, 1\]"):
+        graph.step(tokens(2, 0)[:, None])
+    graph.release()
+    assert graph.bytes == graph.capacity == graph.length == 0
+
+
+def test_a_decode_step_of_a_whole_model_returns_to_its_context():
+    model = backbone("qwen3_vl").model
+    step = DecodeStep(model, rows=3, context=6, room=2, routes=["reasoning", None, "embedding"])
+    first, second = step().clone(), step().clone()
+    assert not torch.equal(first, second) and step.graph.length == 8
+    assert torch.equal(step(), first) and torch.equal(step(), second)
+    assert step.graph.failure is None or "GPU" in step.graph.failure
+    plain = DecodeStep(tiny_model("llama"), rows=1, context=1)
+    assert plain().shape == (1, 160), "a model without adapters decodes too"
+    with pytest.raises(OptionError, match="context must be a whole number of at least 1, got 0"):
+        DecodeStep(model, rows=1, context=0)
+    with pytest.raises(ImplUnavailable, match="CUDA graphs need a GPU and the model is on cpu"):
+        DecodeStep(model, rows=1, capture=True)
