@@ -218,7 +218,9 @@ def key(plan: Layout, like: Tensor) -> Tensor:
     So a list of tensors carries the layout through a registered op without anything to read.
     """
     sizes = [n for output, pair in zip(plan.outputs, plan.ranks, strict=True) for n in (output, *pair)]
-    return like.new_empty((0, plan.in_features, *sizes))
+    shape = (0, plan.in_features, *sizes)
+    # Contiguous strides would be products of these sizes, and those of a real model overflow.
+    return like.new_empty_strided(shape, (0,) * len(shape))
 
 
 def layout_of(key: Tensor) -> Layout:
