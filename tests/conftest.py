@@ -139,12 +139,12 @@ def no_sync():
 
 @pytest.fixture(autouse=True)
 def impls_never_sync(monkeypatch: pytest.MonkeyPatch, no_sync) -> None:
-    """On a GPU, run every implementation's forward, fanout and backward under the guard against synchronisation."""
+    """On a GPU, run every implementation's forward and backward functions under the guard against synchronisation."""
     if not HAS_GPU:
         return
     for name in ("blas", "triton"):
         module = importlib.import_module(f"{PACKAGE}.impl.{name}")
-        for function in ("forward", "fanout", "backward"):
+        for function in ("forward", "fanout", "backward", "group", "group_backward"):
             monkeypatch.setattr(module, function, _guarded(getattr(module, function), no_sync))
 
 

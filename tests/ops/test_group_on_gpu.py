@@ -1,0 +1,147 @@
+"""The site group on a GPU: real shapes, graph replay, offsets beyond 2**31, streams, syncs; tiny twins everywhere."""
+
+from __future__ import annotations
+
+import group_bodies as bodies
+import pytest
+import torch
+from group_cases import ROUTES, GroupCase
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+IMPLS = ("blas", "triton")
+gpu = pytest.mark.gpu
+
+# in_features, out_features of each projection, front, back: the four site groups of Qwen3-VL.
+SITES = {
+    "8b-qkv": (4096, (4096, 1024, 1024), "norm", "plain"),
+    "8b-o": (4096, (4096,), "plain", "residual"),
+    "8b-gate_up": (4096, (12288, 12288), "norm", "swiglu"),
+    "8b-down": (12288, (4096,), "gated", "residual"),
+    "4b-qkv": (2560, (4096, 1024, 1024), "norm", "plain"),
+    "4b-down": (9728, (2560,), "plain", "residual"),
+    "2b-gate_up": (2048, (6144, 6144), "norm", "swiglu"),
+}
+RANKS = {
+    "64+64": ((64, 64),) * 3,
+    "64+32": ((64, 32),) * 3,
+    "48+96": ((48, 96),) * 3,
+    "16+16": ((16, 16),) * 3,
+    "128+128": ((128, 128),) * 3,
+    "uneven": ((64, 17), (0, 64), (5, 0)),
+}
+
+
+def real(site: str, tokens: int, ranks: str, routes: str, dtype=BF16, **fields) -> GroupCase:
+    features, outputs, front, back = SITES[site]
+    return GroupCase(tokens, features, outputs, RANKS[ranks][: len(outputs)], dtype, routes, front, back, **fields)
+
+
+@gpu
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("tokens", [1, 17, 257, 1000])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("form", bodies.FORMS)
+def test_real_shapes(form, site, tokens, ranks, device):
+    for routes in ROUTES:
+        bodies.forward(form, real(site, tokens, ranks, routes), device)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [(FP16, None), (FP32, None), (BF16, FP32)], ids=["fp16", "fp32", "bf16-fp32adapters"])
+@pytest.mark.parametrize("site", ["8b-qkv", "8b-down", "2b-gate_up"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_other_dtypes_on_real_shapes(impl, site, dtype, device):
+    for tokens in (3, 130):
+        bodies.forward(impl, real(site, tokens, "64+32", "mixed", dtype[0], adapter_dtype=dtype[1]), device)
+
+
+@gpu
+@pytest.mark.parametrize("ranks", ["64+64", "uneven"])
+@pytest.mark.parametrize("tokens", [5, 515])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_on_real_shapes(impl, site, tokens, ranks, device):
+    for routes in ("mixed", "suffix", "reasoning", "base"):
+        bodies.gradients(impl, real(site, tokens, ranks, routes), device)
+
+
+@gpu
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_operands_on_real_shapes(impl, site, device, cut_from_nan):
+    bodies.forward(impl, real(site, 129, "uneven", "mixed", bias=True), device, cut_from_nan)
+
+
+@gpu
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("form", bodies.FORMS)
+def test_nan_and_bits_on_real_shapes(form, site, device):
+    for tokens in (9, 300):
+        bodies.nan_stays(form, real(site, tokens, "64+32", "mixed"), device)
+        bodies.same_bits_twice(form, real(site, tokens, "64+32", "mixed"), device)
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 32, 200])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("form", bodies.FORMS)
+def test_a_captured_graph_follows_routes_inputs_and_adapters(form, site, tokens, device):
+    bodies.replays(form, real(site, tokens, "64+32", "mixed"), device)
+
+
+@gpu
+@pytest.mark.parametrize("form", bodies.FORMS)
+def test_offsets_beyond_two_to_the_31(form, device):
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs a GPU with 24 GiB free")
+    bodies.far_offsets(form, device, tokens=70_001, pitch=32_768, wide=32_768)
+
+
+@gpu
+@pytest.mark.parametrize("form", bodies.FORMS)
+def test_two_streams_do_not_meet(form, device):
+    cases = [real("2b-gate_up", 129, "64+32", "mixed"), real("4b-qkv", 129, "48+96", "alternating")]
+    bodies.streams_do_not_meet(form, cases, device, rounds=20)
+
+
+@gpu
+@pytest.mark.parametrize("site", ["8b-qkv", "8b-o", "8b-gate_up", "8b-down"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_synchronisation_forward_or_backward(impl, site, device, no_sync):
+    bodies.never_waits(impl, real(site, 64, "uneven", "mixed"), device, no_sync)
+
+
+# The same bodies on what the interpreter can run in a moment: they are known to run before a GPU sees them.
+TINY = {
+    "qkv": GroupCase(9, 32, (24, 16, 16), ((8, 4), (0, 8), (5, 0)), BF16, "mixed", "norm"),
+    "gate_up": GroupCase(6, 32, (24, 24), ((8, 4), (8, 4)), BF16, "mixed", "norm", "swiglu"),
+    "down": GroupCase(7, 32, (24,), ((8, 16),), BF16, "mixed", "gated", "residual"),
+}
+_each_form = pytest.mark.parametrize("form", bodies.FORMS)
+
+
+@_each_form
+@pytest.mark.parametrize("site", TINY)
+def test_the_bodies_run_on_tiny_shapes(form, site, device):
+    case = TINY[site]
+    bodies.forward(form, case, device)
+    bodies.same_bits_twice(form, case, device)
+    bodies.nan_stays(form, case, device)
+    bodies.replays(form, case, device)
+
+
+@_each_form
+def test_far_offsets_on_tiny_shapes(form, device):
+    bodies.far_offsets(form, device, tokens=40, pitch=72, wide=80)
+
+
+@_each_form
+def test_streams_on_tiny_shapes(form, device):
+    bodies.streams_do_not_meet(form, [TINY["qkv"], TINY["down"]], device, rounds=2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strides_gradients_and_syncs_on_tiny_shapes(impl, device, no_sync, cut_from_nan):
+    bodies.forward(impl, TINY["qkv"], device, cut_from_nan)
+    bodies.gradients(impl, TINY["gate_up"], device)
+    bodies.never_waits(impl, TINY["down"], device, no_sync)
