@@ -86,27 +86,18 @@ class PackedGroup:
             return ()
         device = projections[0].weight.device
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if seen[0] != self._weights or _kinds(seen[1]) != self._kinds:
-            if capturing:
-                return ()
-            self._pack(projections, seen)
-        if self._plan is None:
-            return ()
-        if capturing or self._always or seen[1] != self._adapters:
-            self._update(projections, seen[1], capturing)
+        if seen != self._fresh or self._always or capturing:
+            self._prepare(projections, seen, capturing)
         elif self._pending is not None:
             self._settle()
-        views = [
-            torch.as_strided(
-                projections[panel.projections[0]].weight.data, (panel.rows, panel.pitch), (panel.pitch, 1), 0
-            )
-            for panel in self._plan.panels
-        ]
+        if self._plan is None or (capturing and seen[0] != self._weights):
+            return ()
+        views = _storages(self._plan, projections)
         return (self._key, *views) if self._clean and not capturing else (self._key, *views, self._poison)
 
     def refresh(self) -> None:
         """Bring the shadow of every ``lora_B`` up to date in the next call, whatever the host has seen."""
-        self._adapters = None
+        self._fresh = None
 
     def remove(self) -> None:
         """Put the weights back into contiguous memory of their own; the parameters stay the same objects."""
@@ -132,7 +123,7 @@ class PackedGroup:
         """Back to not packed; weights stay where they are."""
         self._reason = reason
         self._plan = self._key = self._bits = self._poison = None
-        self._weights = self._kinds = self._adapters = None
+        self._weights = self._kinds = self._fresh = None
         self._always, self._clean = False, False
         self._pending = self._flag = None
 
@@ -147,6 +138,18 @@ class PackedGroup:
             else Projection(member.weight, member.bias)
             for member in self._members
         ]
+
+    def _prepare(self, projections: Sequence[Projection], seen: tuple, capturing: bool) -> None:
+        """Pack anew where weights or layout changed; bring the shadow up to date."""
+        if seen[0] != self._weights or _kinds(seen[1]) != self._kinds:
+            if capturing:
+                return
+            self._pack(projections, seen)
+            seen = (self._weights, seen[1])
+        if self._plan is not None:
+            self._update(projections, seen, capturing)
+        elif not capturing:
+            self._fresh = seen
 
     def _pack(self, projections: Sequence[Projection], seen: tuple, anew: bool = False) -> None:
         """Move the weights, or note why not; a refusal stands until the host sees a change."""
@@ -197,21 +200,17 @@ class PackedGroup:
                 return "a weight is a view of memory that is not its own"
         return None
 
-    def _update(self, projections: Sequence[Projection], adapters: tuple, capturing: bool) -> None:
+    def _update(self, projections: Sequence[Projection], seen: tuple, capturing: bool) -> None:
         """Refresh the shadow, and find out whether all of it is finite without waiting for the answer."""
-        panels, plan = load("blas").panels, self._plan
-        B = [None if lora is None else lora.B for p in projections for lora in (p.reasoning, p.embedding)]
+        B = [None if lora is None else lora.B for projection in projections for lora in projection[2:]]
         with torch.inference_mode(False), torch.no_grad():
-            storages = [
-                torch.as_strided(projections[p.projections[0]].weight.data, (p.rows, p.pitch), (p.pitch, 1), 0)
-                for p in plan.panels
-            ]
-            panels.fill_adapters_(plan, storages, B, self._bits, self._poison)
+            storages = _storages(self._plan, projections)
+            load("blas").panels.fill_adapters_(self._plan, storages, B, self._bits, self._poison)
             if capturing:  # recorded, not run: what the host knew stays true
                 return
-            self._adapters, self._clean, self._pending = adapters, False, None
+            self._fresh, self._clean, self._pending = seen, False, None
             # The host cannot tell whether an inference tensor changed; on a CPU, looking costs no more than copying.
-            self._always = self._flag is None or any(adapter is not None and adapter[0] is None for adapter in adapters)
+            self._always = self._flag is None or any(adapter is not None and adapter[0] is None for adapter in seen[1])
             if self._flag is None:
                 self._clean = not self._poison.any()
                 return
@@ -244,6 +243,14 @@ def _is_plain_eager() -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _storages(plan: Any, projections: Sequence[Projection]) -> list[Tensor]:
+    """The panels, found from the weights in them: nothing else keeps a panel alive when its weights have left it."""
+    return [
+        torch.as_strided(projections[panel.projections[0]].weight.data, (panel.rows, panel.pitch), (panel.pitch, 1), 0)
+        for panel in plan.panels
+    ]
 
 
 def _place(weight: Tensor) -> tuple:
