@@ -42,6 +42,7 @@ class Contender:
         base_only: computes the base alone, and is held to the base's truth.
         graph: whether it is timed in a CUDA graph (:data:`~twn_kernels.benchmarking.timers.GRAPH_MODES`); None: as the
             case's pass says.
+        passes: those that it belongs to; None: all.
     """
 
     name: str
@@ -49,3 +50,4 @@ class Contender:
     is_baseline: bool = True
     base_only: bool = False
     graph: str | None = None
+    passes: tuple[str, ...] | None = None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from twn_kernels.benchmarking.contender import Built, Contender, Unavailable
 from twn_kernels.benchmarking.peft_contenders import PEFT_CONTENDERS
 from twn_kernels.benchmarking.problem import NORM_EPS, Inputs, Problem
 from twn_kernels.benchmarking.truth import leaves_of, rms_norm, site_in_torch
+from twn_kernels.modules.dual_lora_linear import DualLoRALinear, LayerAdapter
+from twn_kernels.modules.packing import PackedGroup
+from twn_kernels.modules.routing import RouteState, UniformSpec
 from twn_kernels.ops import LoRA, RoutePlan, choice, dual_lora_group, dual_lora_linear
 from twn_kernels.ops.projection import Norm, Projection
-from twn_kernels.settings import IMPLS
+from twn_kernels.settings import ADAPTERS, IMPLS
 
 __all__ = ["GROUP_CONTENDERS", "differentiated"]
 
@@ -44,45 +47,59 @@ def _ours(impl: str, *, base_only: bool = False):
         if reason is not None:
             raise Unavailable(" ".join(reason.split()))
         used = [] if base_only else problem.used
-        calls = [
-            differentiated(problem, inputs, lambda inputs=inputs: _op(problem, inputs, impl, base_only), used)
-            for inputs in problem.sets
-        ]
-        added = 0 if base_only else _adapter_bytes(problem.sets[0])
-        return Built(calls, _resolved(problem, impl), added)
+        taken = _resolved(problem, impl)
+        runs = [_OpCall(problem, inputs, impl, taken, base_only) for inputs in problem.sets]
+        calls = [differentiated(problem, i, run, used) for i, run in zip(problem.sets, runs, strict=True)]
+        return Built(calls, taken, runs[0].added_bytes)
 
     return build
 
 
-def _op(problem: Problem, inputs: Inputs, impl: str, base_only: bool) -> Tensor:
-    site = problem.site
-    loras = [(None, None) if base_only else pair for pair in inputs.loras]
-    if problem.case.suite == "linear":
-        plan = RoutePlan(problem.plan.routes, 0, True) if base_only else problem.plan
-        return dual_lora_linear(inputs.x, inputs.weights[0], None, *loras[0], plan, impl=impl)
-    projections = [Projection(weight, None, *pair) for weight, pair in zip(inputs.weights, loras, strict=True)]
-    outputs = dual_lora_group(
-        inputs.x,
-        projections,
-        None if base_only else problem.plan,
-        norm=None if inputs.norm is None else Norm(inputs.norm, NORM_EPS),
-        swiglu=site.swiglu,
-        residual=inputs.residual,
-        impl=impl,
-        site=site.name,
-    )
-    return _joined(outputs)
+class _OpCall:
+    """One call of the public op on one set of inputs, as a patched model makes it: ``blas`` on packed weights."""
+
+    def __init__(self, problem: Problem, inputs: Inputs, impl: str, taken: str, base_only: bool) -> None:
+        self.problem, self.inputs, self.impl, self.base_only = problem, inputs, impl, base_only
+        loras = [(None, None) if base_only else pair for pair in inputs.loras]
+        self.projections = [Projection(w, None, *pair) for w, pair in zip(inputs.weights, loras, strict=True)]
+        self.added_bytes = 0 if base_only else _adapter_bytes(inputs)
+        self.packed = None
+        if taken == "blas" and problem.case.suite == "group" and problem.case.pass_ != "forward_backward":
+            members = [_member(weight, pair) for weight, pair in _layers(inputs)]
+            self.packed = PackedGroup(members)
+            self.added_bytes += self.packed.added_bytes
+            self.projections = [
+                Projection(member.weight, None, *(None if base_only else lora for lora in pair))
+                for member, (_, pair) in zip(members, _layers(inputs), strict=True)
+            ]
+
+    def __call__(self) -> Tensor:
+        inputs, plan = self.inputs, self.problem.plan
+        if self.problem.case.suite == "linear":
+            plan = RoutePlan(plan.routes, 0, True) if self.base_only else plan
+            return dual_lora_linear(inputs.x, *self.projections[0], plan, impl=self.impl)
+        site = self.problem.site
+        (y,) = dual_lora_group(
+            inputs.x,
+            self.projections,
+            None if self.base_only else plan,
+            norm=None if inputs.norm is None else Norm(inputs.norm, NORM_EPS),
+            swiglu=site.swiglu,
+            residual=inputs.residual,
+            impl=self.impl,
+            site=site.name,
+            packed=() if self.packed is None else self.packed.panels(),
+            split=False,
+        )
+        return y
 
 
-def _joined(outputs: tuple[Tensor, ...]) -> Tensor:
-    """Side by side; without a copy where they are views of one buffer, as the ops return them."""
-    if len(outputs) == 1:
-        return outputs[0]
-    first, widths = outputs[0], [y.shape[-1] for y in outputs]
-    base = first._base
-    if base is not None and base.shape[-1] == sum(widths) and all(y._base is base for y in outputs):
-        return base.view(-1, base.shape[-1])
-    return torch.cat(outputs, dim=-1)
+def _member(weight: Tensor, pair: tuple[LoRA, LoRA]) -> nn.Module:
+    """A layer of a patched model over these tensors; packing moves its weight, not the one given."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    adapters = {name: LayerAdapter(*lora) for name, lora in zip(ADAPTERS, pair, strict=True)}
+    return DualLoRALinear.adopt(linear, adapters, RouteState(UniformSpec(0)))
 
 
 def _resolved(problem: Problem, impl: str) -> str:

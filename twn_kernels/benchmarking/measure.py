@@ -14,11 +14,11 @@ from twn_kernels.benchmarking.contender import Built, Contender, Unavailable
 from twn_kernels.benchmarking.counters import case_work, roof_us
 from twn_kernels.benchmarking.environment import cache_bytes
 from twn_kernels.benchmarking.results import Row, Time
-from twn_kernels.benchmarking.timers import CannotCapture, Timed, Timer, interleave
+from twn_kernels.benchmarking.timers import CannotCapture, SampleFailed, Timed, Timer, interleave
 from twn_kernels.benchmarking.truth import Truth, worst_ratio
 from twn_kernels.errors import OptionError, did_you_mean, quoted
 
-__all__ = ["BASE", "DeviceBroken", "Options", "contenders_of", "measure_case"]
+__all__ = ["BASE", "DeviceBroken", "Options", "contenders_of", "measure_case", "row_of"]
 
 BASE = "fused_base"  # the denominator of overhead_percent
 
@@ -62,7 +62,6 @@ class _Entry:
     correct: bool | None = None
     ratio: float | None = None
     reason: str | None = None
-    time: Time | None = None
 
 
 def contenders_of(case: Case, options: Options) -> list[Contender]:
@@ -75,13 +74,15 @@ def contenders_of(case: Case, options: Options) -> list[Contender]:
         from twn_kernels.benchmarking.group_contenders import GROUP_CONTENDERS as known
     else:
         from twn_kernels.benchmarking.model_contenders import MODEL_CONTENDERS as known
-    names = [n for n in known if n != "ours_reference"] if options.contenders is None else options.contenders
+    names = options.contenders
+    if names is None:
+        names = [n for n in known if n != "ours_reference"]
     for name in names:
         if name not in known:
             raise OptionError(
                 f'suite "{case.suite}" has no contender {name!r}; it has {quoted(known)}.{did_you_mean(name, known)}'
             )
-    return [known[name] for name in names]
+    return [c for c in map(known.get, names) if c.passes is None or case.pass_ in c.passes]
 
 
 def measure_case(
@@ -113,14 +114,24 @@ def measure_case(
         begin(entry.contender.name)
         _make_ready(entry, problem, truths, timer, options)
     truths.clear()
-    ready = {entry.contender.name: entry.timed for entry in entries if entry.timed is not None}
     begin("")
-    times = _sampled(timer, ready, options)
-    for entry in entries:
-        entry.time = times.get(entry.contender.name)
-    base = times.get(BASE)
-    rows = [_row(case, entry, options, base) for entry in entries]
-    del problem, entries, ready
+    times = _sampled(timer, entries, options)
+    rows = [
+        row_of(
+            case,
+            entry.contender,
+            options,
+            reason=entry.reason,
+            correct=entry.correct,
+            ratio=entry.ratio,
+            time=times.get(entry.contender.name),
+            in_graph=None if entry.timed is None else entry.timed.in_graph,
+            base=times.get(BASE),
+            built=entry.built,
+        )
+        for entry in entries
+    ]
+    del problem, entries
     _free(timer)
     return rows
 
@@ -194,14 +205,19 @@ def _graph_mode(case: Case, contender: Contender) -> str:
     return "where_possible" if case.pass_ == "forward" and case.suite in ("linear", "group") else "never"
 
 
-def _sampled(timer: Timer, ready: dict[str, Timed], options: Options) -> dict[str, Time]:
-    if not ready:
-        return {}
-    try:
-        return interleave(timer, ready, seconds=options.seconds, rounds=options.rounds)
-    except RuntimeError as error:
-        _check_alive(timer, error)
-        raise
+def _sampled(timer: Timer, entries: list[_Entry], options: Options) -> dict[str, Time]:
+    """Times by name; a contender that fails while it is sampled leaves the others to another try."""
+    ready = {entry.contender.name: entry for entry in entries if entry.timed is not None}
+    while ready:
+        timed = {name: entry.timed for name, entry in ready.items()}
+        try:
+            return interleave(timer, timed, seconds=options.seconds, rounds=options.rounds)
+        except SampleFailed as failure:
+            _check_alive(timer, failure.error)
+            reason = f"It failed while it was timed: {_first_line(failure.error)}"
+            ready[failure.name].reason, ready[failure.name].timed = reason, None
+            del ready[failure.name]
+    return {}
 
 
 def _check_alive(timer: Timer, error: BaseException) -> None:
@@ -217,8 +233,20 @@ def _free(timer: Timer) -> None:
         torch.cuda.empty_cache()
 
 
-def _row(case: Case, entry: _Entry, options: Options, base: Time | None) -> Row:
-    contender, time = entry.contender, entry.time
+def row_of(
+    case: Case,
+    contender: Contender,
+    options: Options,
+    *,
+    reason: str | None = None,
+    correct: bool | None = None,
+    ratio: float | None = None,
+    time: Time | None = None,
+    in_graph: bool | None = None,
+    base: Time | None = None,
+    built: Built | None = None,
+) -> Row:
+    """A row of a case; ``base`` is the time that overheads refer to, and the rest is as the row's own fields."""
     work = case_work(case, base_only=contender.base_only)
     least = roof_us(work, options.roofs)
     return Row(
@@ -236,18 +264,18 @@ def _row(case: Case, entry: _Entry, options: Options, base: Time | None) -> Row:
         ranks=case.ranks,
         dtype=case.dtype,
         contender=contender.name,
-        impl=None if entry.built is None else entry.built.impl,
+        impl=None if built is None else built.impl,
         is_baseline=contender.is_baseline,
-        correct=entry.correct,
-        error_ratio=entry.ratio,
+        correct=correct,
+        error_ratio=ratio,
         time_us=time,
-        reason=None if time is not None else entry.reason or "It was not sampled.",
-        in_graph=None if time is None else entry.timed.in_graph,
+        reason=None if time is not None else reason or "It was not sampled.",
+        in_graph=None if time is None else in_graph,
         ideal_bytes=work.bytes,
         ideal_flops=work.flops,
         percent_of_roof=None if time is None or least is None else 100 * least / time.median,
         overhead_percent=None if time is None or base is None else 100 * (time.median / base.median - 1),
-        memory_added_bytes=None if entry.built is None else entry.built.memory_added_bytes,
+        memory_added_bytes=None if built is None else built.memory_added_bytes,
         command=options.command.format(case=case.id),
     )
 

@@ -17,7 +17,7 @@ import torch
 
 from twn_kernels.benchmarking.results import Time
 
-__all__ = ["GRAPH_MODES", "CannotCapture", "Timed", "Timer", "interleave", "summary"]
+__all__ = ["GRAPH_MODES", "CannotCapture", "SampleFailed", "Timed", "Timer", "interleave", "summary"]
 
 GRAPH_MODES = ("always", "where_possible", "never")
 
@@ -28,6 +28,14 @@ _SAMPLE_US = 200.0  # a graph repeats its calls until a sample takes at least th
 
 class CannotCapture(Exception):
     """A contender does something that a CUDA graph cannot hold; the message says what."""
+
+
+class SampleFailed(Exception):
+    """A contender raised while it was sampled."""
+
+    def __init__(self, name: str, error: RuntimeError) -> None:
+        super().__init__(f"{name}: {error}")
+        self.name, self.error = name, error
 
 
 @dataclass
@@ -97,11 +105,17 @@ class Timer:
             torch.cuda.synchronize(self.device)
 
     def _captured(self, calls: Sequence[Call]) -> Timed:
-        # Sampled once without a graph, which is an upper bound of what a replay takes.
-        estimate = self.sample_us(Timed(lambda: [call() for call in calls] and None, 1, False))
-        repeats = max(1, math.ceil(_SAMPLE_US / max(1.0, estimate)))
+        """One graph of all calls, repeated until a replay is long enough for the events."""
+        timed = self._capture(calls, 1)
+        sample_us = min(self.sample_us(timed) for _ in range(_WARMUP)) * timed.calls
+        if sample_us >= _SAMPLE_US:
+            return timed
+        del timed
+        return self._capture(calls, math.ceil(_SAMPLE_US / max(1.0, sample_us)))
+
+    def _capture(self, calls: Sequence[Call], repeats: int) -> Timed:
         graph = torch.cuda.CUDAGraph()
-        gc.collect()  # a tensor freed by the collector during capture would end it
+        gc.collect()  # a tensor that the collector frees during capture would end it
         try:
             with torch.cuda.graph(graph):
                 for _ in range(repeats):
@@ -111,7 +125,7 @@ class Timer:
             self.wait()
         except RuntimeError as error:
             self.wait()  # raises where the device is broken for good, and not only the capture
-            raise CannotCapture(f"no CUDA graph can hold it: {str(error).strip().splitlines()[0]}") from error
+            raise CannotCapture(f"No CUDA graph can hold it: {str(error).strip().splitlines()[0]}") from error
         return Timed(graph.replay, repeats * len(calls), True)
 
 
@@ -126,6 +140,9 @@ def interleave(timer: Timer, contenders: Mapping[str, Timed], *, seconds: float,
 
     Returns:
         name to :class:`~twn_kernels.benchmarking.results.Time`, in the order given.
+
+    Raises:
+        SampleFailed: a contender raised.
     """
     names = list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -135,7 +152,10 @@ def interleave(timer: Timer, contenders: Mapping[str, Timed], *, seconds: float,
             break
         shift = index % max(1, len(names))
         for name in names[shift:] + names[:shift]:
-            samples[name].append(timer.sample_us(contenders[name]))
+            try:
+                samples[name].append(timer.sample_us(contenders[name]))
+            except RuntimeError as error:
+                raise SampleFailed(name, error) from error
     return {name: summary(values) for name, values in samples.items()}
 
 

@@ -1,0 +1,234 @@
+"""``python -m bench.gpu --minutes N --out DIR``: build, check and measure this package on a GPU machine.
+
+Stages, each recorded in ``DIR/journal.jsonl`` as it ends: the CUDA extension is built where possible, the machine is
+described, ``doctor`` and the GPU tests run, the machine's roofs are measured, then every case of the suites in order of
+importance until the minutes are over. ``--resume`` goes on where a run was cut, in the same folder. A contender that
+takes the device or the process with it is left out by the process that goes on. ``DIR/result.json`` is the document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("build", "doctor", "tests")
+USAGE, BROKEN, CRASHED = 2, 3, 4
+_MAX_PROCESSES = 40
+_TESTS_SHARE = 0.25  # of the minutes; the measurements are what the run is for
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; 0: all went well, 1: a result of this package or a check was wrong, 2: wrong usage, or no GPU."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = parser().parse_args(argv)
+    end = time.time() + 60 * options.minutes
+    if options.worker:
+        return work(options, argv)
+    # The measuring process may be taken down by a kernel; this one starts the next and touches no device.
+    extra, begun = ["--worker"], 0
+    for _ in range(_MAX_PROCESSES):
+        left = (end - time.time()) / 60
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.gpu", *argv, *extra, f"--minutes-left={left:.4f}"], cwd=ROOT
+        )
+        if done.returncode in (0, 1, USAGE):
+            return done.returncode
+        before, begun = begun, _begun(Path(options.out))
+        if begun == before:
+            break
+        print(f"the measuring process ended with {done.returncode}; going on in a new one", flush=True)
+        extra = ["--worker", "--resume"]
+    print(f"the measuring process ended with {done.returncode} and gets no further", file=sys.stderr)
+    return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    own = argparse.ArgumentParser(
+        prog="python -m bench.gpu", allow_abbrev=False, description="Build, check and measure on this machine's GPU."
+    )
+    own.add_argument("--minutes", type=_minutes, required=True, help="time for all stages together")
+    own.add_argument("--out", required=True, metavar="DIR", help="folder of the run: journal.jsonl and result.json")
+    own.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    own.add_argument("--scale", choices=("full", "tiny"), default="full", help="tiny runs everything on a CPU too")
+    own.add_argument("--suite", action="append", choices=("linear", "group", "layer", "model"), help="default: all")
+    own.add_argument("--only", metavar="TEXT", help="only cases whose id contains this")
+    own.add_argument("--contender", action="append", metavar="NAME", help="default: all that a suite has")
+    own.add_argument("--layers", type=int, metavar="N", help="decoder layers that the model suite builds at most")
+    own.add_argument("--skip", action="append", default=[], choices=STAGES, help="a stage to leave out")
+    own.add_argument("--tests", action="append", metavar="PATH", help="what the tests stage collects; default: tests")
+    own.add_argument("--rounds", type=int, default=40, help="samples of each contender at most")
+    own.add_argument("--seconds", type=float, default=4.0, help="for sampling one case")
+    own.add_argument("--compile-backend", default="inductor", help="of torch.compile, for the compiled baseline")
+    own.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    own.add_argument("--minutes-left", type=float, help=argparse.SUPPRESS)
+    return own
+
+
+def work(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Everything, in this process."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    left = options.minutes if options.minutes_left is None else options.minutes_left
+    deadline = time.monotonic() + 60 * left
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda":
+        if options.scale != "tiny":
+            print(
+                "python -m bench.gpu needs a GPU, and torch sees none here; --scale tiny runs every stage on the CPU.",
+                file=sys.stderr,
+            )
+            return USAGE
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
+    from twn_kernels.benchmarking.measure import DeviceBroken
+    from twn_kernels.errors import TWNError
+
+    try:
+        return _run(options, device, _command(argv), deadline)
+    except DeviceBroken as error:
+        print(f"the device answers no more: {error}", file=sys.stderr, flush=True)
+        return BROKEN
+    except TWNError as error:
+        print(f"python -m bench.gpu: {error}", file=sys.stderr)
+        return USAGE
+    except Exception:
+        traceback.print_exc()
+        return CRASHED
+
+
+def _run(options: argparse.Namespace, device, command: str, deadline: float) -> int:
+    from bench import stages
+    from twn_kernels.benchmarking import environment, results, roofs, session, suites
+    from twn_kernels.benchmarking.journal import Journal
+    from twn_kernels.benchmarking.measure import Options, contenders_of
+
+    cases = suites.cases(options.scale, options.suite or results.SUITES, layers=options.layers)
+    cases = [case for case in cases if options.only is None or options.only in case.id]
+    names = None if options.contender is None else tuple(options.contender)
+    how = Options(
+        device,
+        contenders=names,
+        seconds=options.seconds,
+        rounds=options.rounds,
+        compile_backend=options.compile_backend,
+        command=f"{_command_of(options)} --only {{case}}",
+    )
+    for case in cases:
+        contenders_of(case, how)  # a name that a suite does not have is an error before anything runs
+    commit, dirty = environment.commit_of(ROOT)
+    identity = {
+        "device": environment.device_name(device), "commit": commit, "dirty": dirty, "scale": options.scale,
+        "layers": options.layers, "compile_backend": options.compile_backend,
+    }  # fmt: skip
+    journal = Journal(options.out, identity, resume=options.resume)
+    path = Path(options.out) / "result.json"
+
+    def save():
+        return results.save(session.document(journal, command=command, commit=commit, dirty=dirty), path)
+
+    def stage(name, run):
+        if name in options.skip:
+            return None
+        value = session.run_stage(journal, name, run)
+        if name not in ("environment", "roofs"):
+            print(f"{name}: {json.dumps(value)}", flush=True)
+        return value
+
+    on_gpu = device.type == "cuda"
+    stage("build", lambda: stages.build(on_gpu))
+    stage("environment", lambda: environment.stamp(device) | {"scale": options.scale})
+    checks = [stage("doctor", stages.doctor)]
+    seconds = _TESTS_SHARE * 60 * options.minutes
+    checks.append(stage("tests", lambda: stages.gpu_tests(options.tests or ["tests"], seconds)))
+    measured = stage("roofs", lambda: roofs.measure(device, seconds=10.0 if on_gpu else 0.5))
+    how = _with(how, roofs={} if "failed" in measured else measured)
+    left = session.measure_cases(cases, how, journal, deadline, lambda line: print(line, flush=True), save)
+    run = session.document(journal, command=command, commit=commit, dirty=dirty)
+    results.save(run, path)
+    _report(run, path, left)
+    return 1 if _wrong(run) or not all(map(_is_well, checks)) else 0
+
+
+def _with(options, **changes):
+    from dataclasses import replace
+
+    return replace(options, **changes)
+
+
+def _report(run, path: Path, left) -> None:
+    """The short table, last."""
+    from twn_kernels.benchmarking import session
+    from twn_kernels.benchmarking.digest import Source, devices
+    from twn_kernels.benchmarking.targets import judge
+
+    print(f"\n{len({row.case for row in run.cases})} cases measured, {len(left)} left for lack of time")
+    for row in _wrong(run):
+        print(f"WRONG  {row.id}: {row.reason}")
+    found = devices([Source(run, str(path))])
+    verdicts = judge(found[0] if found else None)
+    width = max(len(verdict.name) for verdict in verdicts)
+    for verdict in verdicts:
+        value = "" if verdict.value is None else f"{verdict.value:.2f} {verdict.unit}"
+        print(f"{verdict.name:<{width}}  target {verdict.limit:<9}  {value:>12}  {verdict.verdict}")
+    print(f"\ndocument: {path}; to commit it, copy it to bench/results/{session.result_name(run)}")
+
+
+def _wrong(run) -> list:
+    return [row for row in run.cases if row.correct is False and not row.is_baseline]
+
+
+def _is_well(check) -> bool:
+    """Whether a check passed, or was skipped; pytest's 5 says that nothing needed a GPU."""
+    if check is None:
+        return True
+    return (
+        "failed" not in check
+        if "exit_code" not in check
+        else check["exit_code"] in (0, 5) or (check.get("finished") is False and not check.get("failures"))
+    )
+
+
+def _command(argv: Sequence[str]) -> str:
+    hidden = {"--worker", *(a for a in argv if a.startswith("--minutes-left"))}
+    return shlex.join(["python", "-m", "bench.gpu", *(a for a in argv if a not in hidden)])
+
+
+def _command_of(options: argparse.Namespace) -> str:
+    """What repeats one case of this run."""
+    words = ["python -m bench.gpu --minutes 5 --out DIR"]
+    words += ["--scale tiny"] if options.scale == "tiny" else []
+    words += [f"--layers {options.layers}"] if options.layers is not None else []
+    words += [f"--compile-backend {options.compile_backend}"] if options.compile_backend != "inductor" else []
+    return " ".join([*words, *(f"--skip {name}" for name in STAGES)])
+
+
+def _begun(folder: Path) -> int:
+    """Steps that the journal says were begun."""
+    try:
+        return (folder / "journal.jsonl").read_bytes().count(b'{"event": "begin"')
+    except OSError:
+        return 0
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected minutes above 0, got {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
