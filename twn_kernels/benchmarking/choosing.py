@@ -94,11 +94,12 @@ def _result_path(name: str) -> str:
 def _measured(rows: Iterable[ResultRow]) -> dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]]:
     """``(dtype, site) -> tokens -> case -> impl -> median`` of this package's named implementations.
 
+    Of forward passes and decode steps: the choice is made by the forward pass, and the backward pass follows it.
     A case that was run without a single timed implementation is there too, empty: it leaves its token count undecided.
     """
     found: dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]] = {}
     for row in rows:
-        if row.suite not in ("linear", "group") or row.pass_ == "forward_backward" or row.routes == "base":
+        if row.suite not in ("linear", "group") or row.pass_ == "forward_backward":
             continue
         site = "linear" if row.suite == "linear" else row.site
         medians = found.setdefault((row.dtype, site), {}).setdefault(row.tokens, {}).setdefault(row.case, {})

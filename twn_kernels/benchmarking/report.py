@@ -153,13 +153,17 @@ def _lost(contest: Contest) -> bool:
     return (times is not None and times > 1) or ours is None or ours.time_us is None
 
 
+_MEASURE = """```sh
+python -m bench.gpu --minutes 60 --out run    # says at its end where in bench/results its result belongs
+twn-kernels bench report --readme README.md
+```"""
+
+
 def _nothing_measured() -> str:
-    targets = _text(target_rows(judge(None)))
     return (
-        "Nothing has been measured on a GPU yet: no result of one is committed, so this section holds no numbers. "
-        "On a machine with a GPU, measure and write this section with\n\n"
-        "```sh\npython -m bench.gpu --out bench/results\ntwn-kernels bench report --readme README.md\n```\n\n"
-        f"What the package set out to reach:\n\n{targets}"
+        "Nothing has been measured on a GPU yet: no result of one is committed, so this section holds no numbers.\n"
+        f"On a machine with a GPU, measure and write this section with\n\n{_MEASURE}\n\n"
+        f"What the package set out to reach:\n\n{_text(target_rows(judge(None)))}"
     )
 
 

@@ -167,8 +167,16 @@ def _ratio(times: float | None) -> str:
 
 def _times(value: float) -> str:
     """A ratio with as many digits as it takes to stand on the right side of 1."""
-    text = f"{value:.2f}"
-    return text if (value > 1) == (float(text) > 1) and (value < 1) == (float(text) < 1) else f"{value:.4g}"
+    return _printed(value, 1.0, 2)
+
+
+def _printed(value: float, limit: float, digits: int) -> str:
+    """A value with more digits where fewer would move it onto or across its limit."""
+    for places in range(digits, 9):
+        text = f"{value:.{places}f}"
+        if (float(text) > limit, float(text) < limit) == (value > limit, value < limit):
+            break
+    return text
 
 
 def _percent(value: float | None) -> str:
@@ -184,11 +192,7 @@ def _value(verdict: Verdict) -> str:
         return _NONE
     if math.isinf(verdict.value):
         return "no overhead of ours"
-    text = f"{verdict.value:.3g}"
-    limit = float(verdict.limit.split()[1])
-    if (float(text) > limit, float(text) < limit) != (verdict.value > limit, verdict.value < limit):
-        text = f"{verdict.value:.6g}"  # rounding must not move a value across its limit
-    return f"{text} {verdict.unit}"
+    return f"{_printed(verdict.value, float(verdict.limit.split()[1]), 2)} {verdict.unit}"
 
 
 def _verdict(verdict: Verdict) -> str:
