@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from sample_results import CPU, H200, contest, row, run, saved
+from sample_results import CPU, H200, contest, row, run
 
 from twn_kernels.benchmarking.cases import Case
 from twn_kernels.benchmarking.choosing import choose
 from twn_kernels.benchmarking.digest import Source
-from twn_kernels.benchmarking.files import find
 from twn_kernels.errors import ResultError
 from twn_kernels.ops import choice_table
 
@@ -89,10 +88,11 @@ def test_sites_dtypes_and_single_linears_are_apart():
     assert len(found.rows[1].cases) == 2
 
 
-def test_baselines_and_backward_passes_choose_nothing():
+def test_baselines_base_rows_and_backward_passes_choose_nothing():
     found = chosen(
         contest(case(8, pass_="forward_backward"), ours_blas=2.0, ours_triton=1.0),
         contest(Case("layer", "forward", "8B", 64, "half", layers=1), ours_blas=2.0, ours_triton=1.0),
+        contest(case(8, "base"), ours_blas=2.0, ours_triton=1.0),
         contest(case(16), ours_auto=0.5, ours_blas=2.0, addmm=0.1),
     )
     assert ranges(found) == [("bf16", "qkv", 16, 16, "blas")]
@@ -122,15 +122,3 @@ def test_what_no_row_can_come_from_is_refused(environment, name, message, tmp_pa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ResultError, match=message):
         choose([Source(run(contest(case(8), ours_blas=1.0), environment), name)])
-
-
-def test_the_packaged_rows_are_what_their_files_show(tmp_path):
-    root = choice_table.PATH.parents[2]
-    for packaged in choice_table.packaged():
-        assert packaged in choose(find([root / packaged.source]).sources).rows
-    # And the check is able to fail: a row from a file with another median is not among the derived ones.
-    rows = contest(case(8), ours_blas=2.0, ours_triton=1.0)
-    file = saved(run(rows), tmp_path / "bench" / "results" / "h200" / "a.json")
-    (derived,) = choose(find([file]).sources).rows
-    saved(run(contest(case(8), ours_blas=2.0, ours_triton=1.5)), file)
-    assert derived not in choose(find([file]).sources).rows

@@ -94,12 +94,13 @@ def _result_path(name: str) -> str:
 def _measured(rows: Iterable[ResultRow]) -> dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]]:
     """``(dtype, site) -> tokens -> case -> impl -> median`` of this package's named implementations.
 
-    Of forward passes and decode steps: the choice is made by the forward pass, and the backward pass follows it.
+    Of forward passes and decode steps on routes that use an adapter: the choice is made by the forward pass, and
+    without adapters every implementation runs the plain product.
     A case that was run without a single timed implementation is there too, empty: it leaves its token count undecided.
     """
     found: dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]] = {}
     for row in rows:
-        if row.suite not in ("linear", "group") or row.pass_ == "forward_backward":
+        if row.suite not in ("linear", "group") or row.pass_ == "forward_backward" or row.routes == "base":
             continue
         site = "linear" if row.suite == "linear" else row.site
         medians = found.setdefault((row.dtype, site), {}).setdefault(row.tokens, {}).setdefault(row.case, {})
