@@ -158,7 +158,8 @@ class DualLoRALinear(nn.Linear):
         """One adapter of this layer, or None where it does not touch the layer."""
         if name not in self.scaling:
             return None
-        return LoRA(self.lora_A[name], self.lora_B[name], self.scaling[name])
+        # Read in every call: a ParameterDict's own indexing takes several times as long.
+        return LoRA(getattr(self._modules["lora_A"], name), getattr(self._modules["lora_B"], name), self.scaling[name])
 
     def forward(self, input: Tensor, plan: RoutePlan | None = None) -> Tensor:
         """The layer's output.

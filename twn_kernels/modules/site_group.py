@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from twn_kernels.modules.packing import PackedGroup
 from twn_kernels.modules.routing import RouteSpec, RouteState
 from twn_kernels.ops import LoRA, Norm, Projection, RoutePlan, dual_lora_group
 from twn_kernels.ops.choice import resolve
@@ -43,12 +44,14 @@ class ReadySite(NamedTuple):
     """A site group whose linears can run as one now.
 
     Attributes:
-        projections: in order.
+        members: the linears, in order.
+        projections: of each.
         leader: the first linear with adapters, whose route all follow; None: no linear has any.
         spec: that route.
         impl: as asked for.
     """
 
+    members: Sequence[nn.Module]
     projections: list[Projection]
     leader: nn.Module | None
     spec: RouteSpec | None
@@ -65,6 +68,25 @@ class SiteGroup:
 
     def __init__(self, site: str, impl: str = "auto") -> None:
         self.site, self.impl = site, impl
+        self.packing: PackedGroup | None = None
+        self._packed: tuple[nn.Module, ...] = ()
+
+    def pack(self, members: Sequence[nn.Module]) -> None:
+        """Move the weights of ``members`` beside their adapters, where the vendor GEMM serves them and can use that."""
+        weight = members[0].weight
+        impls = [member.impl for member in members if hasattr(type(member), "site_projection")]
+        if impls and weight.dtype in _HALF and self._serving(impls[0], weight, None) == "blas":
+            self.packing, self._packed = PackedGroup(members), tuple(members)
+
+    def packs_on(self, device: torch.device) -> bool:
+        """Whether packing pays there: a GPU's GEMM reads a packed weight as it is, a CPU's copies it all the same."""
+        return device.type == "cuda"
+
+    def unpack(self) -> None:
+        """Put packed weights back into memory of their own."""
+        if self.packing is not None:
+            self.packing.remove()
+        self.packing, self._packed = None, ()
 
     def prepare(self, members: Sequence[nn.Module], like: Tensor) -> ReadySite | str:
         """What the group would run with now, or why its linears run one by one.
@@ -91,7 +113,7 @@ class SiteGroup:
             if (reason := _foreign(projection, like)) is not None:
                 return reason
             projections.append(projection)
-        return ReadySite(projections, leader, spec, self.impl if leader is None else leader.impl)
+        return ReadySite(members, projections, leader, spec, self.impl if leader is None else leader.impl)
 
     def run(
         self,
@@ -108,6 +130,7 @@ class SiteGroup:
         plan = None
         if ready.leader is not None:
             plan = ready.leader.routing.plan_for(x, ready.leader, ready.spec)
+        packed = self._panels(ready, x)
         projections = [_used(projection, plan) for projection in ready.projections]
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             x = x.contiguous()
@@ -121,14 +144,31 @@ class SiteGroup:
             residual=residual,
             impl=ready.impl,
             site=self.site,
+            packed=packed,
             split=split,
         )
 
     def prefers_epilogue(self, ready: ReadySite, x: Tensor) -> bool:
         """Whether gate and up should be combined where they are made, rather than where ``down`` reads them."""
-        # A traced token count is symbolic; either way is exact, so the choice without it is good enough there.
-        tokens = None if torch.compiler.is_compiling() else x.shape[:-1].numel()
-        return resolve(ready.impl, x.device, x.dtype, site=self.site, tokens=tokens) != "blas"
+        return self._serving(ready.impl, x, x.shape[:-1]) != "blas"
+
+    def _panels(self, ready: ReadySite, x: Tensor) -> tuple[Tensor, ...]:
+        """The packed weights, where they are those of this call's linears and serve it."""
+        if ready.leader is None or x.dtype not in _HALF or self._serving(ready.impl, x, x.shape[:-1]) != "blas":
+            return ()
+        if self.packing is None:
+            if not self.packs_on(x.device) or not _may_move(ready.projections):
+                return ()
+            # The model was patched on another device, or in a dtype that is not packed.
+            self.pack(ready.members)
+        if self.packing is None or any(a is not b for a, b in zip(ready.members, self._packed, strict=True)):
+            return ()
+        return self.packing.panels(ready.projections)
+
+    def _serving(self, impl: str, like: Tensor, lead: torch.Size | None) -> str:
+        # A traced token count is symbolic; every choice is exact, so the one without it is good enough there.
+        tokens = None if lead is None or torch.compiler.is_compiling() else lead.numel()
+        return resolve(impl, like.device, like.dtype, site=self.site, tokens=tokens)
 
 
 def fitting_dtype(dtype: torch.dtype, used: set[torch.dtype]) -> torch.dtype | None:
@@ -161,6 +201,19 @@ def _foreign(projection: Projection, like: Tensor) -> str | None:
     if projection.weight.shape[1] > 1 and projection.weight.stride(1) != 1:
         return "a weight is stored transposed"
     return None
+
+
+def _may_move(projections: Sequence[Projection]) -> bool:
+    """Whether weights may move to other memory in the middle of a call: nobody else reads theirs, no graph records."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    weights = [projection.weight for projection in projections]
+    return all(
+        type(weight) is nn.Parameter and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+        for weight in weights
+    )
 
 
 def _used(projection: Projection, plan: RoutePlan | None) -> Projection:

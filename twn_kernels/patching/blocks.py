@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from twn_kernels.errors import PatchError
+from twn_kernels.modules.routing import RouteState
 from twn_kernels.modules.site_group import ReadySite, SiteGroup
 from twn_kernels.ops import Norm
 from twn_kernels.patching import readiness
@@ -34,30 +35,45 @@ class FusedLayer(nn.Module):
     argument_defaults: dict[str, Any]
 
     @classmethod
-    def adopt(cls, layer: nn.Module, path: str, impl: str) -> nn.Module:
+    def adopt(cls, layer: nn.Module, path: str, routing: RouteState, impl: str) -> nn.Module:
         """Turn ``layer``, which :func:`~twn_kernels.patching.structure.misfit` has passed, over in place.
 
         Args:
             layer: a decoder layer of a family with a block.
             path: of the layer in its model, for messages.
+            routing: what the model's layers follow.
             impl: of site groups without adapters.
         """
         attention = layer.self_attn
         classes = _fused_class(type(layer), cls), _fused_class(type(attention), FusedAttention)
+        groups = {site: SiteGroup(site, impl) for site in readiness.SITES}
         layer.__dict__["_twn_block"] = readiness.Block(
-            path, {site: SiteGroup(site, impl) for site in readiness.SITES}, type(layer.input_layernorm),
-            type(layer.mlp), type(layer.mlp.act_fn),
-        )  # fmt: skip
-        attention.__dict__.update(_twn_path=path, _twn_calls={}, _twn_traced=None)
+            path, routing, groups, type(layer.input_layernorm), type(layer.mlp), type(layer.mlp.act_fn)
+        )
+        attention.__dict__.update(_twn_calls={}, _twn_traced=None)
         layer.__class__, attention.__class__ = classes
         return layer
 
+    @property
+    def site_groups(self) -> dict[str, SiteGroup]:
+        """The layer's site groups, by site."""
+        return self._twn_block.groups
+
+    def pack_where_it_pays(self) -> None:
+        """Pack the weights of the site groups that gain by it, where they are now; others may pack in a later call."""
+        for site, group in self.site_groups.items():
+            members = readiness.members_of(self, site)
+            if group.packs_on(members[0].weight.device):
+                group.pack(members)
+
     def release(self) -> nn.Module:
         """Turn the layer and its attention back into what they were."""
+        for group in self._twn_block.groups.values():
+            group.unpack()
         attention = self.self_attn
         if isinstance(attention, FusedAttention):
             attention.__class__ = attention.plain_class
-            for name in ("_twn_path", "_twn_calls", "_twn_traced"):
+            for name in ("_twn_calls", "_twn_traced"):
                 attention.__dict__.pop(name, None)
         self.__class__ = self.plain_class
         self.__dict__.pop("_twn_block", None)
@@ -65,7 +81,7 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output ``[batch, seq, hidden]``; arguments as those of transformers' layer."""
-        if readiness.call_refusal(hidden_states) is not None:
+        if readiness.gains_nothing(self._twn_block, hidden_states) or readiness.call_refusal(hidden_states) is not None:
             return super().forward(hidden_states, *args, **kwargs)
         named = {**self.argument_defaults, **dict(zip(self.argument_names, args, strict=False)), **kwargs}
         return self._transform(self._attend(hidden_states, named))

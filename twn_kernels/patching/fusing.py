@@ -32,7 +32,8 @@ def fuse_blocks(model: nn.Module, record: PatchRecord) -> None:
             continue
         for module in (layer, layer.self_attn):
             drop_bound_forward(module)
-        record.blocks[path] = FusedLayer.adopt(layer, path, record.impl)
+        record.blocks[path] = FusedLayer.adopt(layer, path, record.state, record.impl)
+        record.blocks[path].pack_where_it_pays()
 
 
 def release_blocks(record: PatchRecord) -> None:

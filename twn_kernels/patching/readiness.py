@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
+from twn_kernels.modules.routing import RouteState
 from twn_kernels.modules.site_group import ReadySite, SiteGroup
 from twn_kernels.ops.autocast import autocast_is_on
 from twn_kernels.patching.own_forward import has_own_forward
 from twn_kernels.patching.structure import GATE_UP, QKV
 
-__all__ = ["CONDITIONS", "MEMBERS", "SITES", "Block", "call_refusal", "ready"]
+__all__ = ["CONDITIONS", "MEMBERS", "SITES", "Block", "call_refusal", "gains_nothing", "members_of", "ready"]
 
 # Linears of each site group as (parent, names), and what else the fused call bypasses or changes the view of.
 MEMBERS = {
@@ -42,11 +43,13 @@ class Block:
 
     Attributes:
         path: of the layer in its model.
+        routing: what the model's layers follow.
         groups: by site.
         norm_class, mlp_class, activation_class: of the modules that the block stands for.
     """
 
     path: str
+    routing: RouteState
     groups: dict[str, SiteGroup]
     norm_class: type
     mlp_class: type
@@ -69,6 +72,18 @@ def call_refusal(x: Tensor) -> str | None:
     return None
 
 
+def gains_nothing(block: Block, x: Tensor) -> bool:
+    """Whether the layer's own forward is the quicker way to the same result: no adapter acts, and no kernel would."""
+    spec = block.routing.current
+    return spec is not None and spec.bits == 0 and x.device.type == "cpu"
+
+
+def members_of(layer: nn.Module, site: str) -> list[nn.Module]:
+    """The linears of one site group of a decoder layer, in order."""
+    parent, names = MEMBERS[site]
+    return [layer._modules[parent]._modules[name] for name in names]
+
+
 def ready(layer: nn.Module, site: str, like: Tensor) -> ReadySite | str:
     """What a site group of a fused layer would run with now, or why its linears run by themselves.
 
@@ -80,7 +95,7 @@ def ready(layer: nn.Module, site: str, like: Tensor) -> ReadySite | str:
     block: Block = layer._twn_block
     parent_name, names = MEMBERS[site]
     parent = layer._modules[parent_name]
-    members = [parent._modules[name] for name in names]
+    members = members_of(layer, site)
     for name, member in zip(names, members, strict=True):
         if _is_watched(member):
             return f"hooks or a forward of its own on {parent_name}.{name}"

@@ -11,6 +11,7 @@ from torch import nn
 
 from twn_kernels.checkpoint.names import collapse
 from twn_kernels.errors import ImplUnavailable
+from twn_kernels.modules.site_group import SiteGroup
 from twn_kernels.ops import LoRA, choice
 from twn_kernels.patching.readiness import CONDITIONS, call_refusal, ready
 from twn_kernels.patching.record import PatchRecord, find_record
@@ -81,7 +82,8 @@ class Status:
         default_route: what layers use outside every ``route`` scope.
         current_route: what they use now.
         base_bytes: of all other parameters of the model.
-        added_bytes: what ``patch`` added.
+        added_bytes: what ``patch`` added, packing included.
+        packed_bytes: of that, what packing base weights beside ``lora_B`` added.
         layers: one entry a patched layer.
     """
 
@@ -95,6 +97,7 @@ class Status:
     current_route: str = ""
     base_bytes: int = 0
     added_bytes: int = 0
+    packed_bytes: int = 0
     layers: tuple[LayerStatus, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,6 +139,12 @@ def status(model: nn.Module) -> Status:
     layers = tuple(_layer_status(path, layer, record, sites) for path, layer in record.layers.items())
     adapter_bytes = sum(layer.adapter_bytes for layer in layers)
     everything = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    packed = sum(
+        group.packing.added_bytes
+        for block in record.blocks.values()
+        for group in block.site_groups.values()
+        if group.packing is not None
+    )
     current = record.state.current
     return Status(
         model=type(model).__name__,
@@ -147,7 +156,8 @@ def status(model: nn.Module) -> Status:
         default_route=_DEFAULTS.get(record.kind, "base only"),
         current_route=_DEFAULTS["peft"] if current is None else current.describe(),
         base_bytes=everything - adapter_bytes,
-        added_bytes=sum(layer.added_bytes for layer in layers),
+        added_bytes=sum(layer.added_bytes for layer in layers) + packed,
+        packed_bytes=packed,
         layers=layers,
     )
 
@@ -166,13 +176,23 @@ def _sites(record: PatchRecord) -> dict[tuple[str, str], tuple[str, str]]:
         for site in _FUSED_AS:
             like = block.post_attention_layernorm.weight.detach()
             state = call_refusal(like) or ready(block, site, like)
-            found[path, site] = ("linear", f"now {state}") if isinstance(state, str) else ("block", _FUSED_AS[site])
+            if isinstance(state, str):
+                found[path, site] = ("linear", f"now {state}")
+            else:
+                found[path, site] = ("block", _FUSED_AS[site] + _packing_note(block.site_groups[site]))
     for path in record.blocks:
         # SwiGLU joins the two: neither runs as one call without the other.
         levels = [found[path, site] for site in ("gate_up", "down")]
         if refused := next((state for state in levels if state[0] == "linear"), None):
             found[path, "gate_up"] = found[path, "down"] = refused
     return found
+
+
+def _packing_note(group: SiteGroup) -> str:
+    if group.packing is None:
+        return ""  # nothing to say: full-precision weights, a CPU, another implementation
+    reason = group.packing.reason
+    return "; weights packed beside lora_B" if reason is None else f"; weights not packed ({reason})"
 
 
 def _layer_status(path: str, layer: nn.Module, record: PatchRecord, sites: dict) -> LayerStatus:
