@@ -48,11 +48,11 @@ def _serves(row: Row, tokens: int) -> bool:
 
 
 def _measured(run: results.Run, row: Row) -> dict[int, dict[str, dict[str, results.Row]]]:
-    """``tokens -> case -> impl -> result`` of this dtype and site, forward passes and decode steps."""
+    """``tokens -> case -> impl -> result`` of this dtype and site, no backward passes, on routes that use an adapter."""
     found: dict[int, dict[str, dict[str, results.Row]]] = {}
     for entry in run.cases:
         site = "linear" if entry.suite == "linear" else entry.site
-        counts = entry.suite in ("linear", "group") and entry.pass_ != "forward_backward"
+        counts = entry.suite in ("linear", "group") and entry.pass_ != "forward_backward" and entry.routes != "base"
         if counts and (entry.dtype, site) == (row.dtype, row.site):
             impls = found.setdefault(entry.tokens, {}).setdefault(entry.case, {})
             if entry.impl in IMPLS and entry.contender == f"ours_{entry.impl}":

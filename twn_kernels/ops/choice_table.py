@@ -23,8 +23,8 @@ Rules that reading enforces, so that a wrong row fails when the table is loaded 
 Rules that need the result file (a test of the repository holds the shipped table to them):
 
 - ``source`` exists, and its GPU has the row's ``arch``;
-- every case of the file for this dtype and site (forward passes and decode steps of the suites "linear" and "group")
-  whose token count lies in the range is listed, with the file's medians;
+- every case of the file for this dtype and site whose token count lies in the range is listed, with the file's medians;
+  that is forward passes and decode steps of the suites "linear" and "group" under routes that use an adapter;
 - ``impl`` passed the correctness gate in each;
 - the range reaches no further than the measurements: ``min_tokens`` is a token count that was measured; ``max_tokens``
   lies below the next larger one measured or, where there is none, at the largest.
