@@ -48,7 +48,7 @@ def _serves(row: Row, tokens: int) -> bool:
 
 
 def _measured(run: results.Run, row: Row) -> dict[int, dict[str, dict[str, results.Row]]]:
-    """``tokens -> case -> impl -> result`` of this dtype and site, no backward passes, on routes that use an adapter."""
+    """``tokens -> case -> impl -> result`` of this dtype and site, forward, under routes that use an adapter."""
     found: dict[int, dict[str, dict[str, results.Row]]] = {}
     for entry in run.cases:
         site = "linear" if entry.suite == "linear" else entry.site
