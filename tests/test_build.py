@@ -116,6 +116,7 @@ def test_left_out_on_request_the_wheel_is_pure_and_says_why(project):
     assert wheel.name.endswith("-py3-none-any.whl")
     files = zipfile.ZipFile(wheel)
     assert not [name for name in files.namelist() if name.endswith(".so")]
+    assert {"twn_kernels/py.typed", "twn_kernels/ops/choices.json"} <= set(files.namelist())
     assert json.loads(files.read("twn_kernels/_build_info.json"))["reason"] == "TWN_BUILD_CUDA=0 when installing"
 
 

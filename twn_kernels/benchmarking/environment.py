@@ -16,18 +16,6 @@ from twn_kernels import env
 
 __all__ = ["cache_bytes", "commit_of", "device_name", "now", "peers", "stamp"]
 
-# Packages that users run adapters with. They are named with their version or as absent. Engines bring their kernels
-# inside a server, so a case does not call them: a wrong call would be an unfair row.
-PEERS = (
-    "vllm",
-    "sglang",
-    "unsloth",
-    "liger-kernel",
-    "lorafusion",
-    "punica-kernels",
-    "flashinfer-python",
-    "bitsandbytes",
-)
 _CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu", "pstate")
 _SECONDS = 10
 _CPU_CACHE_BYTES = 2**8  # a CPU shows that the path runs, not how fast a cold cache is: two sets of inputs do
@@ -71,9 +59,12 @@ def commit_of(directory: Path) -> tuple[str, bool | None]:
 
 
 def peers() -> dict[str, str]:
-    """Version of each package that one would compare with, or ``absent``."""
+    """Version of each package that one would compare with, or ``absent``.
+
+    Engines bring their kernels inside a server, so no case calls them: a wrong call would be an unfair row.
+    """
     found = {}
-    for name in PEERS:
+    for name in env.PEERS:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
