@@ -11,7 +11,7 @@ import torch
 import twn_kernels
 from twn_kernels import TWNEmbedder
 from twn_kernels.errors import ImplUnavailable, OptionError, TWNWarning
-from twn_kernels.pipeline import decode_choice
+from twn_kernels.pipeline import decode_choice, static_cache
 from twn_kernels.pipeline.backbone import Backbone
 from twn_kernels.pipeline.decode_choice import DecodeChoice, choose
 from twn_kernels.pipeline.grouped_attention import grouped_attention, grouped_sdpa
@@ -89,6 +89,25 @@ def test_a_failed_capture_is_told(llama, decoding, monkeypatch):
     assert mode == "static" and reason.startswith("capturing a step failed")
 
 
+def test_no_memory_for_buffers_is_told(llama, decoding, monkeypatch):
+    embedder = llama.embedder
+    expected = embedder.encode(TEXTS, think="always")
+    decoding(embedder, "replayed")
+
+    def none_left(*_):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(static_cache, "_zeros_like", none_left)
+    with pytest.raises(torch.OutOfMemoryError):
+        embedder.encode(TEXTS, think="always")
+    monkeypatch.setattr(embedder._decoding, "decode", "auto")
+    with pytest.warns(
+        TWNWarning, match="no memory for the buffers of 3 rows and .* tokens; these rows decode on a cache"
+    ):
+        vectors, details = embedder.encode(TEXTS, think="always", return_details=True)
+    assert np.array_equal(vectors, expected) and {detail.decode for detail in details} == {"dynamic"}
+
+
 def test_wrong_modes(llama):
     with pytest.raises(OptionError, match='decode must be one of "auto", .* got \'graph\'.*Did you mean "cuda_graph"'):
         TWNEmbedder.from_pretrained("nowhere", "nowhere either", decode="graph")
@@ -128,6 +147,9 @@ def test_what_a_graph_cannot_hold_is_named(as_if_on_a_gpu, monkeypatch):
     hook = base.decoder.norm.register_forward_hook(lambda *_: None)
     reason("a forward hook on LlamaRMSNorm would not run in a replay. Remove it.")
     hook.remove()
+    everywhere = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    reason("forward hooks on every module would not run in a replay")
+    everywhere.remove()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         reason("autocast is on")
     scaled = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}

@@ -321,7 +321,7 @@ def test_buffers_of_inference_mode_serve_outside_of_it():
 
 
 def test_buckets():
-    assert [row_bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 33)] == [1, 2, 4, 4, 8, 8, 16, 64]
+    assert [row_bucket(rows) for rows in (1, 2, 3, 5, 9, 32, 33, 64, 65)] == [1, 2, 4, 8, 16, 32, 64, 64, 96]
     assert [column_bucket(n) for n in (1, 256, 257, 1025, 2049, 4097)] == [256, 256, 512, 1280, 2560, 5120]
     for columns in range(1025, 9000, 17):
         assert columns <= column_bucket(columns) <= 1.25 * columns

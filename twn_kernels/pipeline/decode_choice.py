@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 
 from twn_kernels.errors import ImplUnavailable, OptionError, did_you_mean, quoted
 from twn_kernels.patching.specs import FAMILY_SPECS, family_of
@@ -115,6 +116,8 @@ def why_not_captured(backbone: Backbone) -> str | None:
     modules = [*backbone.decoder.modules(), backbone.head, backbone.embeddings]
     if any(module.training for module in modules):
         return "the model is in training mode. Call model.eval()."
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return "forward hooks on every module would not run in a replay. Remove them."
     hooked = next((module for module in modules if _foreign_hooks(module)), None)
     if hooked is not None:
         return f"a forward hook on {type(hooked).__name__} would not run in a replay. Remove it."

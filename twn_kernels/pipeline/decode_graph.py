@@ -35,8 +35,8 @@ _HEADROOM = 512  # columns that a new allocation leaves beyond the prompt, where
 
 
 def row_bucket(rows: int) -> int:
-    """The next power of two."""
-    return 1 << max(rows - 1, 0).bit_length()
+    """Rows that a step runs for a batch of ``rows``: a power of two up to 32, then a multiple of 32."""
+    return 1 << max(rows - 1, 0).bit_length() if rows <= 32 else -(-rows // 32) * 32
 
 
 def column_bucket(columns: int, block: int = _BLOCK) -> int:

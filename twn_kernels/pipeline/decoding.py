@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
+import torch
+
+from twn_kernels.errors import TWNWarning
 from twn_kernels.pipeline.backbone import Backbone
 from twn_kernels.pipeline.decode_choice import DecodeChoice, check_mode, choose
 from twn_kernels.pipeline.decode_graph import DecodeGraph
@@ -51,7 +56,20 @@ class Decoding:
             # Under "auto" a failed capture goes on with the same step run eagerly, and says so.
             capture = {"cuda_graph": True, "static": False}.get(self.decode)
             self.graph = DecodeGraph(self.backbone, capture=capture)
-        return StaticRunning(running, self.graph, room)
+        try:
+            return StaticRunning(running, self.graph, room)
+        except torch.OutOfMemoryError:
+            self.graph.release()
+            if self.decode != "auto":
+                raise
+        rows, tokens = running.mask.shape
+        warnings.warn(
+            f"no memory for the buffers of {rows} rows and {tokens} + {room} tokens; these rows decode on a cache that "
+            "grows. A smaller batch_size or max_think_tokens leaves room for the buffers.",
+            TWNWarning,
+            stacklevel=2,
+        )
+        return running
 
     def release(self) -> None:
         """Free buffers and graphs; the next thought makes new ones."""
