@@ -18,7 +18,7 @@ from twn_kernels.benchmarking.timers import CannotCapture, SampleFailed, Timed, 
 from twn_kernels.benchmarking.truth import Truth, worst_ratio
 from twn_kernels.errors import OptionError, did_you_mean, quoted
 
-__all__ = ["BASE", "DeviceBroken", "Options", "contenders_of", "measure_case", "row_of"]
+__all__ = ["BASE", "DeviceBroken", "Options", "PreparedCase", "contenders_of", "measure_case", "row_of"]
 
 BASE = "fused_base"  # the denominator of overhead_percent
 
@@ -91,7 +91,7 @@ def measure_case(
     begin: Callable[[str], None] = lambda name: None,
     contenders: Sequence[Contender] | None = None,
 ) -> list[Row]:
-    """Measure one case.
+    """Measure one case and let go of what it took.
 
     Args:
         case: what.
@@ -105,35 +105,66 @@ def measure_case(
     Raises:
         DeviceBroken: nothing more can be measured in this process.
     """
-    check_case(case)
-    entries = [_Entry(c) for c in (contenders_of(case, options) if contenders is None else contenders)]
-    timer = Timer(options.device)
-    problem = _problem(case, options)
-    truths: dict[bool, Any] = {}
-    for entry in entries:
-        begin(entry.contender.name)
-        _make_ready(entry, problem, truths, timer, options)
-    truths.clear()
+    prepared = PreparedCase(case, options, begin, contenders)
     begin("")
-    times = _sampled(timer, entries, options)
-    rows = [
-        row_of(
-            case,
-            entry.contender,
-            options,
-            reason=entry.reason,
-            correct=entry.correct,
-            ratio=entry.ratio,
-            time=times.get(entry.contender.name),
-            in_graph=None if entry.timed is None else entry.timed.in_graph,
-            base=times.get(BASE),
-            built=entry.built,
-        )
-        for entry in entries
-    ]
-    del problem, entries
-    _free(timer)
+    rows = prepared.rows()
+    prepared.free()
     return rows
+
+
+class PreparedCase:
+    """A case whose contenders are built, held to the oracle, and those that passed ready to be timed.
+
+    Args:
+        case, options, begin, contenders: as in :func:`measure_case`, which is the way to measure one.
+
+    Attributes:
+        timed: name to what a timer samples, of the contenders that passed.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        options: Options,
+        begin: Callable[[str], None] = lambda name: None,
+        contenders: Sequence[Contender] | None = None,
+    ) -> None:
+        self.case, self.options = check_case(case), options
+        self._entries = [_Entry(c) for c in (contenders_of(case, options) if contenders is None else contenders)]
+        self.timer = Timer(options.device)
+        problem = _problem(case, options)
+        truths: dict[bool, Any] = {}
+        for entry in self._entries:
+            begin(entry.contender.name)
+            _make_ready(entry, problem, truths, self.timer, options)
+
+    @property
+    def timed(self) -> dict[str, Timed]:
+        return {entry.contender.name: entry.timed for entry in self._entries if entry.timed is not None}
+
+    def rows(self) -> list[Row]:
+        """Sample the contenders in turns; one row for each, those without a time too."""
+        times = _sampled(self.timer, self._entries, self.options)
+        return [
+            row_of(
+                self.case,
+                entry.contender,
+                self.options,
+                reason=entry.reason,
+                correct=entry.correct,
+                ratio=entry.ratio,
+                time=times.get(entry.contender.name),
+                in_graph=None if entry.timed is None else entry.timed.in_graph,
+                base=times.get(BASE),
+                built=entry.built,
+            )
+            for entry in self._entries
+        ]
+
+    def free(self) -> None:
+        """Let go of the device's memory."""
+        self._entries = []
+        _free(self.timer)
 
 
 def _problem(case: Case, options: Options) -> Any:
