@@ -7,6 +7,7 @@ import pytest
 from twn_kernels.testing.kernel_work import (
     Projection,
     grad_count,
+    group_shrink_count,
     produce_count,
     product_count,
     reduce_count,
@@ -125,6 +126,22 @@ def test_a_producer_that_only_shrinks_and_one_that_only_writes():
     assert shrinks == alone
     writes = produce_count([(4, 0)], 8, [(4, 0)], gated=True, present=0, **tile)
     assert writes.done == writes.ideal == (2 * (2 * 32 + 32) + 2 * 16, 0)
+
+
+def test_a_group_s_shrink_reads_dy_once_for_both_adapters():
+    # Tiles of two rows: [R R] [B B]; the first projection has ranks 3 + 1 in tiles of two, the second 0 + 2.
+    projections = [Projection(6, (3, 1)), Projection(4, (0, 2))]
+    count = group_shrink_count(
+        [(2, 1), (2, 3)], projections, block_m=2, block_r=2, block_k=4, splits=1, size=2, low_size=4
+    )
+    # Programs of a row tile: ranks 0-1 (2 and 1 wide), rank 2 (1 and 0), and 0-1 of the second (0 and 2).
+    dy = 2 * (2 * 6 + 2 * 6) + 2 * (2 * 6 + 2 * 6 + 2 * 4)
+    b = 4 * 6 * (2 + 1) + 4 * (6 * (3 + 1) + 4 * 2)
+    ds, routes = 4 * 4 * (3 + 1 + 2), 2 * 2 * 3
+    assert count.done.bytes == dy + b + ds + routes
+    assert count.done.flops == 2 * 2 * 2 * (2 * 8 + (2 + 1) * 8 + 1 * 4)
+    ideal = 2 * (4 * 6 + 4 * 4) + 4 * (6 * 4 + 4 * 2) + 4 * 4 * 6 + 4
+    assert count.ideal == (ideal, 2 * (4 * 3 * 6 + 2 * 1 * 6 + 2 * 2 * 4))
 
 
 def test_a_gradient_skips_stretches_without_a_user():

@@ -24,6 +24,8 @@ from twn_kernels.testing.kernel_work import (
     Count,
     Projection,
     grad_count,
+    group_shrink_count,
+    produce_count,
     product_count,
     reduce_count,
     shrink_count,
@@ -155,6 +157,95 @@ def _reduce(variant: Any, tokens: int, arch: int) -> tuple[str, str, Count]:
     return f"o, 4 parts of [{length}, ranks]", _halves(tokens)[1], count
 
 
+# out_features of each projection, and the input: 8B's site groups.
+_SITES = {
+    "qkv": (_HIDDEN, (_HIDDEN, _KEYS, _KEYS)),
+    "o": (_HIDDEN, (_HIDDEN,)),
+    "gate_up": (_HIDDEN, (_INTERMEDIATE, _INTERMEDIATE)),
+    "down": (_INTERMEDIATE, (_HIDDEN,)),
+}
+
+
+def _site(name: str) -> tuple[int, list[Projection], str]:
+    """Features, projections, and both in words."""
+    features, outputs = _SITES[name]
+    return (
+        features,
+        [Projection(out, RANKS) for out in outputs],
+        f"{name} ({features} -> {'+'.join(map(str, outputs))})",
+    )
+
+
+def _group(variant: Any, tokens: int, arch: int) -> tuple[str, str, Count]:
+    constants, given = variant.constants, variant.signature
+    features, projections, shape = _site({1: "o", 2: "gate_up", 3: "qkv"}[constants["COUNT"]])
+    segments, routes = _halves(tokens) if constants["PRESENT"] else ([(tokens, 0)], "base only")
+    count = product_count(
+        segments, features, projections, **_tile(variant, "M", "N", "K", "R"), size=_size(variant, "x"),
+        low_size=_size(variant, "s", "x"), present=constants["PRESENT"], bias="bias_0" in given,
+        joined=constants["SWIGLU"], residual="residual" in given,
+    )  # fmt: skip
+    return shape, routes, count
+
+
+def _produce(variant: Any, tokens: int, arch: int) -> tuple[str, str, Count]:
+    from twn_kernels.impl.triton.produce_config import produce_config, produce_tiles
+
+    gated, norm = variant.constants["GATED"], "norm_weight" in variant.signature
+    features, projections, _ = _site("down" if gated else "qkv" if norm else "o")
+    ranks, (segments, routes) = [projection.ranks for projection in projections], _halves(tokens)
+    wide, aligned = "fp32" in variant.signature["a_0"], variant.name.endswith("all_aligned")
+    total = sum(map(sum, ranks))
+    chosen = produce_config(tokens, features, total, wide, gated, arch, aligned=aligned)
+    config = dataclasses.replace(variant.config, splits=_splits(variant, chosen))
+    count = produce_count(
+        segments, features, ranks, **_tile(variant, "M", "R", "K"), splits=config.splits,
+        tiles=produce_tiles(config, tokens, features, total), size=_size(variant, "x"), low_size=_size(variant, "out"),
+        norm=norm, gated=gated, writes="x_out" in variant.signature, present=variant.constants["PRESENT"],
+    )  # fmt: skip
+    what = "gate and up" if gated else "norm" if norm else "plain"
+    return f"{'down' if gated else 'qkv' if norm else 'o'} ({what}, {features} -> ranks)", routes, count
+
+
+def _group_shrink(variant: Any, tokens: int, arch: int) -> tuple[str, str, Count]:
+    from twn_kernels.impl.triton.produce_config import group_shrink_config
+
+    _, projections, _ = _site("qkv")
+    segments, routes = _halves(tokens)
+    wide, aligned = "fp32" in variant.signature["out"], variant.name.endswith("all_aligned")
+    chosen = group_shrink_config(tokens, _HIDDEN, max(RANKS), wide, arch, aligned=aligned)
+    count = group_shrink_count(
+        segments, projections, **_tile(variant, "M", "R", "K"), splits=_splits(variant, chosen),
+        size=_size(variant, "dy"), low_size=_size(variant, "out"),
+    )  # fmt: skip
+    return "qkv (gradient -> ranks)", routes, count
+
+
+def _group_dx(variant: Any, tokens: int, arch: int) -> tuple[str, str, Count]:
+    features, projections, _ = _site({1: "o", 2: "gate_up", 3: "qkv"}[variant.constants["COUNT"]])
+    segments, routes = _halves(tokens)
+    outputs, ranks = sum(p.outputs for p in projections), tuple(len(projections) * rank for rank in RANKS)
+    count = product_count(
+        segments, outputs, [Projection(features, ranks)], **_tile(variant, "M", "N", "K", "R"),
+        size=_size(variant, "dy"), low_size=_size(variant, "ds"), present=variant.constants["PRESENT"],
+    )  # fmt: skip
+    return f"gradient of {len(projections)} projections ({outputs} -> {features})", routes, count
+
+
+def _group_grad(variant: Any, tokens: int, arch: int) -> tuple[str, str, Count]:
+    from twn_kernels.impl.triton.config import grad_config
+
+    features, projections, _ = _site("qkv")
+    (segments, routes), ranks = _halves(tokens), tuple(len(projections) * rank for rank in RANKS)
+    wide, aligned = "fp32" in variant.signature["ds"], variant.name.endswith("all_aligned")
+    chosen = grad_config(tokens, features, *ranks, wide, arch, aligned=aligned)
+    count = grad_count(
+        segments, features, ranks, **_tile(variant, "F", "R", "T"), stretch=variant.constants["STRETCH"],
+        splits=_splits(variant, chosen), size=_size(variant, "x"), low_size=_size(variant, "ds"),
+    )  # fmt: skip
+    return f"qkv ({features} x ranks)", routes, count
+
+
 def _tile(variant: Any, *letters: str) -> dict[str, int]:
     return {f"block_{letter.lower()}": variant.constants[f"BLOCK_{letter}"] for letter in letters}
 
@@ -164,7 +255,17 @@ def _splits(variant: Any, chosen: Any) -> int:
     return chosen.splits if dataclasses.replace(chosen, splits=1) == variant.config else 1
 
 
-_COUNTERS = {"gemm_kernel": _gemm, "shrink_kernel": _shrink, "grad_kernel": _grad, "reduce_kernel": _reduce}
+_COUNTERS = {
+    "gemm_kernel": _gemm,
+    "shrink_kernel": _shrink,
+    "grad_kernel": _grad,
+    "reduce_kernel": _reduce,
+    "group_kernel": _group,
+    "produce_kernel": _produce,
+    "group_shrink_kernel": _group_shrink,
+    "group_dx_kernel": _group_dx,
+    "group_grad_kernel": _group_grad,
+}
 
 
 def table(entries: Iterable[tuple[AotReport, Counted | None]]) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "Segments",
     "Work",
     "grad_count",
+    "group_shrink_count",
     "produce_count",
     "product_count",
     "reduce_count",
@@ -216,6 +217,35 @@ def produce_count(
     reads = (tokens * inputs if writes else readers * inputs) - readers
     ideal = low.bytes + size * features * (reads + norm + tokens * writes)
     return Count(Work(moved, flops), Work(ideal, low.flops))
+
+
+def group_shrink_count(
+    segments: Segments, projections: Sequence[Projection], *, block_m: int, block_r: int, block_k: int, splits: int,
+    size: int, low_size: int,
+) -> Count:  # fmt: skip
+    """``dS`` of a group: a program has the same ranks of both adapters of one projection and reads its ``dy`` once.
+
+    Args:
+        segments: routes of the rows.
+        projections: each with its columns of ``dy``, over which the sum runs.
+        block_m, block_r, block_k, splits: the tile, and the parts of the sum.
+        size, low_size: bytes of an element of dy, and of B and dS.
+    """
+    moved = flops = 0
+    out_size = low_size if splits == 1 else _FP32
+    for tile in row_tiles(segments, block_m):
+        for projection in projections:
+            parts = list(_parts(projection.outputs, block_k, splits))
+            for start in range(0, max(projection.ranks), block_r):
+                columns = [min(max(rank - start, 0), block_r) for rank in projection.ranks]
+                used = [width for adapter, width in enumerate(columns) if width and tile.users(adapter)]
+                moved += splits * tile.rows * (_ROUTE + out_size * sum(columns))
+                if used:
+                    moved += projection.outputs * (size * tile.rows + low_size * sum(used))
+                    flops += sum(len(used) * 2 * block_m * block_r * _padded(part, block_k) for part in parts)
+    ideals = [_shrink_ideal(segments, p.outputs, [p.ranks], size, low_size, 3) for p in projections]
+    again = _ROUTE * sum(rows for rows, _ in segments) * (len(projections) - 1)
+    return Count(Work(moved, flops), Work(sum(i.bytes for i in ideals) - again, sum(i.flops for i in ideals)))
 
 
 def grad_count(
