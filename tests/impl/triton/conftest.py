@@ -21,7 +21,8 @@ def aot_worker():
 
 @pytest.fixture(autouse=True)
 def pointers_stay_inside(monkeypatch):
-    """Fail where a kernel in the interpreter loads from, or stores to, memory of none of its arguments.
+    """Fail where a kernel in the interpreter loads from, or stores to, memory of none of its arguments, by pointer
+    or by tensor descriptor.
 
     The interpreter reads any address that the process may read, so a missing mask whose garbage lands in columns that
     are never stored would go unseen here and be an illegal access on a GPU.
@@ -35,16 +36,17 @@ def pointers_stay_inside(monkeypatch):
 
     def collect(self, args, kwargs):
         bound = bind(self, args, kwargs)
+        tensors = [getattr(value, "base", value) for value in bound[0]]  # a descriptor's tensor is its base
         spans[:] = [
             (storage.data_ptr(), storage.data_ptr() + storage.nbytes())
-            for storage in (value.untyped_storage() for value in bound[0] if hasattr(value, "untyped_storage"))
+            for storage in (value.untyped_storage() for value in tensors if hasattr(value, "untyped_storage"))
         ]
         return bound
 
     def checked(name, mask_at):
         real = getattr(builder, name)
 
-        def access(self, pointers, *rest):
+        def access(self, pointers, *rest, **named):
             size = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
             used = np.broadcast_to(rest[mask_at].data, pointers.data.shape).astype(bool)
             addresses = pointers.data[used]
@@ -52,7 +54,7 @@ def pointers_stay_inside(monkeypatch):
             for start, end in spans:
                 inside |= (addresses >= start) & (addresses + np.uint64(size) <= end)
             assert inside.all(), f"{name}: {int((~inside).sum())} addresses lie outside every argument"
-            return real(self, pointers, *rest)
+            return real(self, pointers, *rest, **named)
 
         return access
 

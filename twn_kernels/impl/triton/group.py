@@ -125,6 +125,7 @@ def _config(operands: _Operands, arch: int) -> GroupConfig:
         base_aligned=launch._aligned(x, *weights, *outputs) and _multiples_of_16(operands.widths),
         low_rank_aligned=operands.present == 0 or launch._aligned(s, *used),
         describable=x.element_size() == 2 and all(map(_describable, (x, *weights))),
+        processors=_processors(x.device),
     )  # fmt: skip
 
 

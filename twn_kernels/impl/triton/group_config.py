@@ -59,6 +59,7 @@ def group_config(
     base_aligned: bool = True,
     low_rank_aligned: bool = True,
     describable: bool = True,
+    processors: int | None = None,
 ) -> GroupConfig:
     """Configuration of the product of a site group.
 
@@ -72,14 +73,14 @@ def group_config(
         base_aligned: ``x``, the weights and ``y`` can be read and written in 16-byte words.
         low_rank_aligned: the same for ``s`` and ``B`` (false for a rank that is no multiple of 16).
         describable: tensor descriptors can describe ``x`` and the weights; they are used from sm_90 on.
+        processors: of the GPU; None: of the usual part of ``arch``.
     """
     kind = (wide, swiglu, separate, _known(arch), base_aligned, low_rank_aligned, describable and arch >= 90)
-    return _group_config(bucket(tokens), tuple(widths), *kind)
+    return _group_config(bucket(tokens), tuple(widths), processors or _PROCESSORS[kind[3]], *kind)
 
 
 @functools.lru_cache(maxsize=4096)
-def _group_config(tokens: int, widths: tuple[int, ...], *kind) -> GroupConfig:
-    processors = _PROCESSORS[kind[3]]
+def _group_config(tokens: int, widths: tuple[int, ...], processors: int, *kind) -> GroupConfig:
     return min(_candidates(tokens, *kind), key=lambda config: _cost(config, config.tiles(tokens, widths), processors))
 
 
@@ -103,7 +104,7 @@ def _candidates(
             return (GroupConfig(16, 64, 32, 16, num_warps=4, num_stages=3, resident=2),)
         return (GroupConfig(_EXACT_ROWS, 64, 32, 16, num_warps=8, num_stages=3),)
     if tokens <= _DECODE_TOKENS:
-        return _decode_tiles(arch)
+        return _decode_tiles(arch) if base_aligned else (GroupConfig(16, 32, 64, 16, num_warps=4, num_stages=3),)
     if not base_aligned or (separate and not low_rank_aligned):
         return (GroupConfig(64, 32, 32, 16, num_warps=8, num_stages=3),)
     small = GroupConfig(64, 32 if swiglu else 64, 64, 16, num_warps=8, num_stages=4)
