@@ -230,6 +230,13 @@ def test_an_old_gpu_is_told_what_serves_instead(gpu):
         choice.resolve("triton", CUDA, BF16)
     assert "needs a GPU of compute capability 8.0 or newer; NVIDIA Test (sm_75) has 7.5." in str(caught.value)
     assert str(caught.value).endswith('Or use impl="auto" (now: blas).')
+    taken = choice.chosen("auto", CUDA, BF16)
+    assert taken.impl == "blas" and taken.reason.startswith(
+        "nothing was measured for linear in bf16 on NVIDIA Test (sm_75)"
+    )
+    assert taken.reason.endswith(
+        "; triton cannot serve: it needs a GPU of compute capability 8.0 or newer; NVIDIA Test (sm_75) has 7.5"
+    )
 
 
 def test_names_and_the_environment_override_the_table(gpu, monkeypatch):

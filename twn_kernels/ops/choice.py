@@ -204,7 +204,9 @@ def _measured_reason(device: torch.device, dtype: torch.dtype, site: str, tokens
         others = sorted({row.arch for row in packaged() if row.key[1:] == (_dtype_name(dtype), site)})
         hint = f" (there are measurements of {', '.join(others)}, which are not borrowed)" if others else ""
         what = f"{site} in {_dtype_name(dtype)} on {_device_name(device)}"
-        return f"nothing was measured for {what}{hint}; the vendor GEMM is the safe choice"
+        missing = unavailable_reason("triton", device, dtype)
+        only = "" if missing is None else f"; triton cannot serve: {missing.rstrip('.')}"
+        return f"nothing was measured for {what}{hint}; the vendor GEMM is the safe choice{only}"
     if tokens is None:
         return f"by token count: {'; '.join(_row_reason(row, device, dtype) for row in rows)}; {DEFAULT} elsewhere"
     for row in rows:
