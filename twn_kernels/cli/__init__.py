@@ -88,10 +88,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         near = did_you_mean(argv[1], bench.ACTIONS)
         parser.error(f"bench has no action {argv[1]!r}; actions: {', '.join(bench.ACTIONS)}.{near}")
     arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
+    if unknown and hasattr(arguments, "forwarded"):
+        arguments.forwarded = unknown
+    elif unknown:
         options = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
         near = did_you_mean(unknown[0].split("=")[0], options)
-        arguments.parser.error(f"{arguments.command} does not take {unknown[0]!r}.{near}")
+        words = " ".join(filter(None, (arguments.command, getattr(arguments, "action", None))))
+        arguments.parser.error(f"{words} does not take {unknown[0]!r}.{near}")
     return arguments
 
 

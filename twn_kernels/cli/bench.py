@@ -7,18 +7,21 @@ Owns the options, what is printed, and what is written where. Measuring is the c
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from twn_kernels.cli.values import not_negative
-from twn_kernels.errors import OptionError, ResultError
+from twn_kernels.benchmarking.results import SUITES
+from twn_kernels.cli.values import count, not_negative, one_of
+from twn_kernels.errors import MissingDependency, OptionError, ResultError
 
 __all__ = ["ACTIONS", "add"]
 
 _RESULTS = ("bench", "results")
+_SCALES = ("full", "tiny")
 
 
 def add(subparsers) -> argparse.ArgumentParser:
@@ -36,6 +39,122 @@ def add(subparsers) -> argparse.ArgumentParser:
             # Suppressed: a default here would undo the option where it stands before the action.
             action.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=words)
     return parser
+
+
+def _add_run(actions) -> argparse.ArgumentParser:
+    parser = actions.add_parser(
+        "run",
+        help="the suites under pytest-benchmark, each contender held to the oracle before it is timed",
+        description="Without a suite: all. Real shapes where torch sees a GPU, tiny ones on a CPU.",
+    )
+    parser.add_argument("suites", nargs="*", metavar="SUITE", type=one_of(SUITES), help=", ".join(SUITES))
+    parser.add_argument("--scale", type=one_of(_SCALES), help="full or tiny; default: full on a GPU, tiny on a CPU")
+    parser.add_argument("--only", metavar="TEXT", help="only rows whose id contains this")
+    parser.add_argument("--contender", action="append", metavar="NAME", help="only this one; may be repeated")
+    parser.add_argument("--layers", type=count, help="decoder layers that the model suite builds at most")
+    parser.add_argument("--seconds", type=not_negative, help="for sampling one case")
+    parser.add_argument("--out", metavar="FILE", help="result file; default: .benchmarks/twn.json of the checkout")
+    parser.set_defaults(run=_run)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    root = _checkout("run")
+    for module, name in (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")):
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependency(
+                f'bench run needs {name}, which is not installed. Run: pip install "twn_kernels[bench]"'
+            )
+    out = _result_file(Path(arguments.out or root / ".benchmarks" / "twn.json").absolute())
+    suites = [str(Path("bench", f"test_{suite}.py")) for suite in dict.fromkeys(arguments.suites or SUITES)]
+    command = ["-m", "pytest", "-q", *suites, "--twn-json", str(out)]
+    for option, value in (
+        ("--scale", arguments.scale),
+        ("--layers", arguments.layers),
+        ("--seconds", arguments.seconds),
+    ):
+        command += [] if value is None else [option, str(value)]
+    command += [] if arguments.only is None else ["-k", arguments.only]
+    for name in arguments.contender or ():
+        command += ["--contender", name]
+    before = _changed(out)
+    code = _run_in_checkout("run", command, arguments)
+    if _changed(out) == before:
+        raise ResultError(f"pytest ended with {code} and measured nothing; what it printed says why.")
+    if arguments.json:
+        _print_json({"exit_code": int(code != 0), "result": _summary(out)})
+    else:
+        print(f"wrote {out}")
+    return int(code != 0)
+
+
+def _result_file(path: Path) -> Path:
+    """The path itself, if a result can be written there: pytest would only find out after the last case."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f'--out: the directory "{path.parent}" cannot be made: {error.strerror or error}.') from error
+    if path.is_dir():
+        raise OptionError(f'--out: "{path}" is a directory. Name a file.')
+    return path
+
+
+def _changed(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _add_gpu(actions) -> argparse.ArgumentParser:
+    # Options that are not its own go to the checkout's command, --help among them.
+    parser = actions.add_parser(
+        "gpu",
+        add_help=False,
+        help="check and measure this machine's GPU, as python -m bench.gpu does; its --help says how",
+    )
+    parser.add_argument("--out")
+    parser.set_defaults(run=_gpu, forwarded=[])
+    return parser
+
+
+def _gpu(arguments: argparse.Namespace) -> int:
+    # The command runs in the checkout, and its folder is meant to lie where this one was started.
+    out = [] if arguments.out is None else ["--out", os.path.abspath(arguments.out)]
+    code = _run_in_checkout("gpu", ["-m", "bench.gpu", *arguments.forwarded, *out], arguments)
+    if arguments.json and code in (0, 1) and out:
+        _print_json({"exit_code": code, "result": _summary(Path(out[1]) / "result.json")})
+    return code
+
+
+def _run_in_checkout(action: str, command: list[str], arguments: argparse.Namespace) -> int:
+    """Run Python there; with ``--json`` what it prints goes to stderr, so that stdout holds the document alone."""
+    import subprocess
+
+    root = _checkout(action)
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=2 if arguments.json else None,
+    )
+    return done.returncode
+
+
+def _summary(path: Path) -> dict:
+    """What a run left, in short."""
+    from twn_kernels.benchmarking.digest import Source, device_of, devices
+    from twn_kernels.benchmarking.results import load
+    from twn_kernels.benchmarking.targets import judge
+
+    run = load(path)
+    found = devices([Source(run, str(path))])
+    return {
+        "file": str(path),
+        "device": device_of(run),
+        "rows": len(run.cases),
+        "timed": sum(row.time_us is not None for row in run.cases),
+        "wrong": [row.id for row in run.cases if row.correct is False],
+        "targets": [verdict.to_dict() for verdict in judge(found[0] if found else None)],
+    }
 
 
 def _add_report(actions) -> argparse.ArgumentParser:
@@ -194,6 +313,8 @@ def _print_json(document) -> None:
 
 
 ACTIONS: dict[str, Callable] = {
+    "run": _add_run,
+    "gpu": _add_gpu,
     "report": _add_report,
     "compare": _add_compare,
     "choices": _add_choices,
