@@ -154,7 +154,7 @@ def _lost(contest: Contest) -> bool:
 
 
 _MEASURE = """```sh
-python -m bench.gpu --minutes 60 --out run    # says at its end where in bench/results its result belongs
+python -m bench.gpu --minutes 60 --out out/gpu    # says at its end where in bench/results its result belongs
 twn-kernels bench report --readme README.md
 ```"""
 
