@@ -91,20 +91,19 @@ class FusedLayer(nn.Module):
         norm, attention = self.input_layernorm, self.self_attn
         qkv = readiness.ready(self, "qkv", hidden_states)
         o = readiness.ready(self, "o", hidden_states)
-        normed, call = hidden_states, None
+        normed = hidden_states
         if isinstance(qkv, ReadySite):
             parts = block.groups["qkv"].run(qkv, hidden_states, norm=Norm(norm.weight, norm.variance_epsilon))
         else:
             parts, normed = None, norm(hidden_states)
-        if parts is not None or isinstance(o, ReadySite):
-            call = _Call(normed, parts, block.groups["o"], o, hidden_states)
-        with_parts = _open(attention, call)
+        if parts is None and not isinstance(o, ReadySite):
+            return hidden_states + attention(hidden_states=normed, **named)[0]
+        call = _Call(normed, parts, block.groups["o"], o, hidden_states)
+        before = _open(attention, call)
         try:
             attended, _ = attention(hidden_states=normed, **named)
         finally:
-            _close(attention, with_parts)
-        if call is None:
-            return hidden_states + attended
+            _close(attention, before)
         call.check_used(block.path)
         return attended if call.added else hidden_states + attended
 
@@ -208,15 +207,14 @@ def _current(attention: FusedAttention) -> _Call | None:
     return attention._twn_calls.get(threading.get_ident())
 
 
-def _open(attention: nn.Module, call: _Call | None) -> _Call | None:
+def _open(attention: nn.Module, call: _Call) -> _Call | None:
     """Put ``call`` in force for ``attention``; returns what was before."""
     if torch.compiler.is_compiling():
         before, attention._twn_traced = attention._twn_traced, call
         return before
     calls, thread = attention._twn_calls, threading.get_ident()
     before = calls.get(thread)
-    if call is not None:
-        calls[thread] = call
+    calls[thread] = call
     return before
 
 

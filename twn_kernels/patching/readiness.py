@@ -95,17 +95,19 @@ def ready(layer: nn.Module, site: str, like: Tensor) -> ReadySite | str:
     block: Block = layer._twn_block
     parent_name, names = MEMBERS[site]
     parent = layer._modules[parent_name]
-    members = members_of(layer, site)
-    for name, member in zip(names, members, strict=True):
-        if _is_watched(member):
-            return f"hooks or a forward of its own on {parent_name}.{name}"
     if parent_name == "mlp":
         if type(parent) is not block.mlp_class or type(parent.act_fn) is not block.activation_class:
             return "its mlp was replaced since the patch"
         if _is_watched(parent) or _is_watched(parent.act_fn):
             return "hooks or a forward of its own on mlp or its activation"
-    elif not hasattr(type(parent), "plain_class") or _is_watched(parent, _recorder=True):
+    elif not hasattr(type(parent), "plain_class"):
+        return "its self_attn was replaced since the patch"
+    elif _is_watched(parent, but_recorders=True):
         return "hooks or a forward of its own on self_attn"
+    members = members_of(layer, site)
+    for name, member in zip(names, members, strict=True):
+        if _is_watched(member):
+            return f"hooks or a forward of its own on {parent_name}.{name}"
     if site in _NORM_OF:
         norm = layer._modules[_NORM_OF[site]]
         if type(norm) is not block.norm_class or _is_watched(norm):
@@ -115,10 +117,10 @@ def ready(layer: nn.Module, site: str, like: Tensor) -> ReadySite | str:
     return block.groups[site].prepare(members, like)
 
 
-def _is_watched(module: nn.Module, *, _recorder: bool = False) -> bool:
+def _is_watched(module: nn.Module, *, but_recorders: bool = False) -> bool:
     """Whether something would notice that ``module`` is not called, or is called with other tensors."""
     hooks = module._forward_hooks
-    if hooks and not (_recorder and all(_records_weights(hook) for hook in hooks.values())):
+    if hooks and not (but_recorders and all(_records_weights(hook) for hook in hooks.values())):
         return True
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
