@@ -212,13 +212,17 @@ def test_a_long_sum_over_few_rows_is_split_and_others_are_not():
 )  # fmt: skip
 def test_every_configuration_is_enumerated(tokens, features, ranks, wide, gated, arch, aligned):
     chosen = produce_config.produce_config(tokens, features, ranks, wide, gated, arch, aligned=aligned)
-    known = produce_config.all_configs(arch)
+    known = produce_config.all_produce_configs(arch)
     kind = "produce_wide" if wide or not aligned else "produce_gated" if gated else "produce"
     assert dataclasses.replace(chosen, splits=1) in known[kind]
     assert chosen.splits == 1 or features >= chosen.splits * chosen.block_k
     assert produce_config.produce_tiles(chosen, tokens, features, ranks) * chosen.block_r >= ranks
     with pytest.raises(dataclasses.FrozenInstanceError):
         chosen.block_m = 1
+    chosen = produce_config.group_shrink_config(tokens, features, 1 + ranks // 6, wide, arch, aligned=aligned)
+    assert (
+        dataclasses.replace(chosen, splits=1) in known["group_shrink_wide" if wide or not aligned else "group_shrink"]
+    )
 
 
 @pytest.mark.parametrize("front", ["norm", "gated", "plain"])

@@ -11,7 +11,7 @@ import functools
 
 from twn_kernels.impl.triton.config import ARCHITECTURES, bucket
 
-__all__ = ["ProduceConfig", "all_configs", "group_shrink_config", "produce_config", "produce_tiles"]
+__all__ = ["ProduceConfig", "all_produce_configs", "group_shrink_config", "produce_config", "produce_tiles"]
 
 _PROCESSORS = 108  # the smallest part that has to be filled: an A100
 
@@ -117,7 +117,7 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def all_configs(arch: int) -> dict[str, list]:
+def all_produce_configs(arch: int) -> dict[str, list]:
     """Every tile that the functions above can return for ``arch``, by kernel; splits do not change machine code."""
     tokens, ranks, flags = (_FEW_TOKENS, _MANY_TOKENS, 2 * _MANY_TOKENS), (64, 128), (False, True)
 
@@ -126,8 +126,13 @@ def all_configs(arch: int) -> dict[str, list]:
             dict.fromkeys(_produce_tile(t, r, wide, g, arch, not wide) for t in tokens for r in ranks for g in gated)
         )
 
+    def group_shrink(wide: bool) -> list[ProduceConfig]:
+        return list(dict.fromkeys(_group_shrink_tile(t, r, wide, not wide) for t in tokens for r in (16, 32, 64)))
+
     return {
         "produce": produce(False, (False,)),
         "produce_gated": produce(False, (True,)),
         "produce_wide": produce(True),
+        "group_shrink": group_shrink(False),
+        "group_shrink_wide": group_shrink(True),
     }
