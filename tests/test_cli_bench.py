@@ -95,6 +95,34 @@ def test_report_rewrites_the_readme_and_nothing_else_of_it(capsys, results, read
     assert [path.name for path in readme.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_report_keeps_line_ends_and_links(capsys, results, readme, tmp_path):
+    readme.write_bytes(readme.read_bytes().replace(b"\n", b"\r\n"))
+    link = tmp_path / "LINK.md"
+    link.symlink_to(readme)
+    assert main(["bench", "report", str(results), "--readme", str(link)]) == 0
+    assert link.is_symlink()
+    assert readme.read_bytes().startswith(b"# Title\r\n\r\n") and readme.read_bytes().endswith(b"\r\n\r\nafter\r\n")
+
+
+def test_a_result_outside_the_readmes_folder_is_called_relative_to_it(capsys, results, tmp_path):
+    readme = tmp_path / "elsewhere" / "README.md"
+    readme.parent.mkdir()
+    readme.write_text(f"{BEGIN}{END}")
+    assert main(["bench", "report", str(results), "--readme", str(readme)]) == 0
+    assert "in `../bench/results/h200/a.json`" in readme.read_text()
+
+
+def test_places_where_nothing_can_be_written(capsys, results, readme, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f'--out: "{file}" is a file. Name a folder.' in failure(
+        capsys, "bench", "report", str(results), "--out", str(file)
+    )
+    for out in (tmp_path / "none" / "c.json", file / "c.json"):
+        line = failure(capsys, "bench", "choices", str(results), "--out", str(out))
+        assert "ResultError: " in line and "cannot be written" in line
+
+
 def test_report_of_a_cpu_leaves_the_readme_without_numbers(capsys, tmp_path, readme):
     file = saved(run(contest(WHOLE, ours_auto=54321.0), CPU), tmp_path / "cpu.json")
     assert main(["bench", "report", str(file), "--readme", str(readme)]) == 0

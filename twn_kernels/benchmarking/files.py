@@ -27,7 +27,7 @@ def find(paths: Iterable[str | os.PathLike], relative_to: str | os.PathLike | No
 
     Args:
         paths: result files, and folders that are searched for them through all levels.
-        relative_to: folder from which sources inside it are called; None: they are called by their paths as given.
+        relative_to: folder from which the sources are called; None: they are called by their paths as given.
 
     Raises:
         ResultError: a path is missing, a named file is no result, a folder holds none, or a result cannot be read.
@@ -65,12 +65,9 @@ def _claims_to_be_one(path: Path) -> bool:
 
 
 def _called(file: Path, relative_to: str | os.PathLike | None) -> str:
-    if relative_to is not None:
-        try:
-            return file.resolve().relative_to(Path(relative_to).resolve()).as_posix()
-        except ValueError:
-            pass
-    return str(file)
+    if relative_to is None:
+        return str(file)
+    return Path(os.path.relpath(file.resolve(), Path(relative_to).resolve())).as_posix()
 
 
 def load_pair(first: str | os.PathLike, second: str | os.PathLike) -> tuple[Source, Source]:

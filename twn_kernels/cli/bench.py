@@ -7,6 +7,7 @@ Owns the options, what is printed, and what is written where. Measuring is the c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -179,6 +180,8 @@ def _report(arguments: argparse.Namespace) -> None:
     sources = _sources(arguments.results, Path(arguments.readme).parent if readme is not None else None)
     if readme is not None:
         report.replace_section(readme, "", arguments.readme)  # a missing marker must show before anything is written
+    if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise OptionError(f'--out: "{arguments.out}" is a file. Name a folder.')
     written = [] if arguments.out is None else report.write_report(sources, arguments.out)
     if readme is not None:
         section = report.readme_section(sources, _figures(written, Path(arguments.readme).parent))
@@ -289,23 +292,27 @@ def _checkout(what: str) -> Path:
 
 def _readable(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8", newline="") as file:  # line ends stay as they are
+            return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f'--readme: "{path}" cannot be read: {error}.') from error
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file, whole or not at all."""
+    """Replace a file, whole or not at all; what a link points to, not the link."""
+    path = path.resolve()
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        staged.write_text(text, encoding="utf-8")
+        with open(staged, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
         if path.exists():
             staged.chmod(path.stat().st_mode & 0o777)
         os.replace(staged, path)
     except OSError as error:
         raise ResultError(f'"{path}" cannot be written: {error.strerror or error}.') from error
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staged.unlink()
 
 
 def _print_json(document) -> None:
