@@ -116,6 +116,24 @@ def test_eager_attention(family):
     check(family, rows=2, steps=4, attention="eager")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    batches = [kind(backbone("qwen3_vl", dtype), "qwen3_vl", 3, MIXED[:3]) for kind in (Fixed, Growing)]
+    # The truth holds the rounded weights, and the same prompt.
+    wide = backbone("qwen3_vl", dtype)
+    wide.model.double()
+    got, own = (run(batch, 3, 4, {1: [0, 2]}) for batch in batches)
+    assert_as_good_as_torch(got, run(Growing(wide, "qwen3_vl", 3, MIXED[:3]), 3, 4, {1: [0, 2]}), own)
+
+
+def test_autocast_without_a_graph():
+    base = backbone("qwen3_vl")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, own = (run(kind(base, "qwen3_vl", 3, MIXED[:3]), 3, 4) for kind in (Fixed, Growing))
+    truth = run(Growing(backbone("qwen3_vl", torch.float64), "qwen3_vl", 3, MIXED[:3]), 3, 4)
+    assert_as_good_as_torch(got, truth, own)
+
+
 @pytest.mark.parametrize("kept", [{1: [1, 4]}, {0: [0, 2, 3], 2: [2]}, {1: [4, 0]}, {0: [0, 1, 2, 3], 1: [3]}], ids=str)
 def test_rows_that_end_leave_the_others_alone(kept):
     fixed = check("qwen3_vl", rows=5, steps=5, kept=kept)

@@ -52,6 +52,13 @@ def _run(graph: DecodeGraph, rows: int, steps: int, kept=()) -> torch.Tensor:
     return torch.cat(out)
 
 
+@torch.no_grad()
+def _edit(model, name: str, edit) -> None:
+    for path, parameter in model.named_parameters():
+        if name in path:
+            edit(parameter)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replays_equal_eager_steps(family, impl, device):
@@ -73,9 +80,7 @@ def test_one_graph_follows_routes_and_adapters_changed_in_place(impl, device):
     seen = []
     for factor, routes in ((1.0, ROUTES), (1.0, ROUTES[::-1]), (1.0, [None] * 5), (-1.5, ["both"] * 5), (2.0, ROUTES)):
         for model in (base.model, wide.model):
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.data.mul_(factor)
+            _edit(model, "lora_B", lambda B, factor=factor: B.mul_(factor))
         results = []
         for one in (graph, truth, eager):
             one.rewind(14)
@@ -85,6 +90,21 @@ def test_one_graph_follows_routes_and_adapters_changed_in_place(impl, device):
         seen.append(results[0])
     assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
     assert len(graph.captured) == 1
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_adapter_that_becomes_infinite_reaches_its_own_rows_alone(impl, device):
+    base = _backbone("qwen3_vl", device, impl=impl)
+    graph = _loaded(base, "qwen3_vl", ["reasoning", "embedding", None], capture=True)
+    before = _run(graph, 3, 2).view(2, 3, -1)
+    _edit(base.model, "lora_B.embedding", lambda B: B[0].fill_(torch.inf))
+    graph.rewind(14)
+    after = _run(graph, 3, 2).view(2, 3, -1)
+    assert not after[:, 1].isfinite().all() and after[:, [0, 2]].isfinite().all()
+    _edit(base.model, "lora_B.embedding", lambda B: B[0].zero_())
+    graph.rewind(14)
+    again = _run(graph, 3, 2).view(2, 3, -1)
+    assert torch.equal(again[:, [0, 2]], before[:, [0, 2]]) and again.isfinite().all()
 
 
 def test_replays_allocate_nothing_and_never_wait(device, no_sync):

@@ -8,6 +8,8 @@ host can see; what no longer fits is packed anew or left alone, and never multip
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,10 +19,25 @@ from torch import Tensor, nn
 from twn_kernels.ops import Projection
 from twn_kernels.ops.choice import load
 
-__all__ = ["PackedGroup"]
+__all__ = ["PackedGroup", "steady_shadows"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, nn.Parameter)
+_STEADY = contextvars.ContextVar("twn_steady_shadows", default=False)
+
+
+@contextlib.contextmanager
+def steady_shadows() -> Iterator[None]:
+    """CUDA graphs captured in this block read the shadows as they are, instead of refreshing them in every replay.
+
+    Whoever replays such a graph calls :meth:`PackedGroup.panels` before a replay wherever an adapter may have changed,
+    and captures anew where :attr:`PackedGroup.is_clean` has changed.
+    """
+    token = _STEADY.set(True)
+    try:
+        yield
+    finally:
+        _STEADY.reset(token)
 
 
 class PackedGroup:
@@ -61,6 +78,22 @@ class PackedGroup:
         return self._reason
 
     @property
+    def is_clean(self) -> bool:
+        """Whether every ``lora_B`` is known to be finite, so that calls need not ask which is not."""
+        return self._clean
+
+    @property
+    def is_settling(self) -> bool:
+        """Whether :attr:`is_clean` awaits an answer of the device."""
+        return self._pending is not None
+
+    def shadowed(self) -> list[Tensor]:
+        """Every ``lora_B`` that has a shadow here."""
+        if self._plan is None:
+            return []
+        return [lora.B for projection in self._projections() for lora in projection[2:] if lora is not None]
+
+    @property
     def added_bytes(self) -> int:
         """What packing added: the shadow of every ``lora_B``, and columns that pad rows to whole cache lines."""
         if self._plan is None:
@@ -72,8 +105,9 @@ class PackedGroup:
     def panels(self, projections: Sequence[Projection] | None = None) -> tuple[Tensor, ...]:
         """What to pass as ``packed``: tensors in the form of ``impl="blas"``, up to date, or () where nothing fits.
 
-        Never waits for a device. Under CUDA graph capture the shadow is always brought up to date, as part of the
-        graph, so that replays see what the adapters hold by then. Traced code gets ().
+        Never waits for a device. Under CUDA graph capture the shadow is brought up to date as part of the graph, so
+        that replays see what the adapters hold by then, unless :func:`steady_shadows` says that they need not. Traced
+        code gets ().
 
         Args:
             projections: of the members with all of their adapters, where the caller has them already.
@@ -86,7 +120,9 @@ class PackedGroup:
             return ()
         device = projections[0].weight.device
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if seen != self._fresh or self._always or capturing:
+        if capturing and _STEADY.get() and seen == self._fresh and not self._always and not self.is_settling:
+            capturing = False
+        elif seen != self._fresh or self._always or capturing:
             self._prepare(projections, seen, capturing)
         elif self._pending is not None:
             self._settle()

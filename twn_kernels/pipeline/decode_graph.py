@@ -16,6 +16,7 @@ from torch import Tensor
 
 import twn_kernels.patching as patching
 from twn_kernels.errors import OptionError, ShapeError
+from twn_kernels.modules.packing import steady_shadows
 from twn_kernels.ops import RoutePlan
 from twn_kernels.ops.plan import route_bits
 from twn_kernels.patching.record import find_record
@@ -25,6 +26,7 @@ from twn_kernels.pipeline.decode_choice import choose, why_not_captured
 from twn_kernels.pipeline.fingerprint import fingerprint
 from twn_kernels.pipeline.fixed_masks import FixedMasks
 from twn_kernels.pipeline.grouped_attention import grouped_attention
+from twn_kernels.pipeline.shadows import Shadows
 from twn_kernels.pipeline.static_cache import StaticKV, as_index
 from twn_kernels.settings import ADAPTERS, REASONING, ROUTE_BITS
 
@@ -223,7 +225,10 @@ class DecodeGraph:
             self._ids.index_copy_(0, index, ids)
         rows, columns = self._rows, min(column_bucket(self._length + 1, self.block), self._kv.capacity)
         counters = (self._kv.column, self._next_position)
-        self._steps.run((rows, columns, self._present), lambda: self._compute(rows, columns), counters)
+        if self.capture and self._shadows.refresh_if_edited():
+            self._steps.forget()
+        with steady_shadows():
+            self._steps.run((rows, columns, self._present), lambda: self._compute(rows, columns), counters)
         self._length += 1
         return self._logits[:count] if index is None else self._logits.index_select(0, index)
 
@@ -287,7 +292,8 @@ class DecodeGraph:
         return self._index
 
     def _allocate(self, cache, rows: int, capacity: int) -> None:
-        now = fingerprint(self.backbone) if self.capture else None
+        self._shadows = Shadows(self.backbone)
+        now = (fingerprint(self.backbone), self._shadows.refresh()) if self.capture else None
         if now != self._fingerprint:
             self._steps.forget()
             self._fingerprint = now

@@ -109,8 +109,9 @@ class _LayerView:
 
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Write one token a row at ``column``; all columns come back, those past it still zero."""
-        self.keys.index_copy_(2, self.column, keys)
-        self.values.index_copy_(2, self.column, values)
+        # Under autocast values may be narrower than keys; a growing cache widens them by concatenation.
+        self.keys.index_copy_(2, self.column, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.column, values.to(self.values.dtype))
         return self.keys, self.values
 
     def get_seq_length(self) -> Tensor:
