@@ -115,7 +115,7 @@ def _flat_layers(x: Tensor, projections, plan: RoutePlan | None, packed, impl: s
         if plan is not None and plan.present & (1 << adapter) and any(lora is not None for lora in loras):
             present |= 1 << adapter
         parts = [
-            _absent(projection.weight, dtype) if lora is None else lora
+            _absent(x, projection.weight, dtype) if lora is None else lora
             for projection, lora in zip(projections, loras, strict=True)
         ]
         sides.append(([A for A, _, _ in parts], [B for _, B, _ in parts], [float(scaling) for *_, scaling in parts]))
@@ -128,9 +128,9 @@ def _flat_layers(x: Tensor, projections, plan: RoutePlan | None, packed, impl: s
     )  # fmt: skip
 
 
-def _absent(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    A = weight.new_empty((0, weight.shape[1]), dtype=dtype)
-    return A, weight.new_empty((weight.shape[0], 0), dtype=dtype), 0.0
+def _absent(x: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    A = x.new_empty((0, weight.shape[1]), dtype=dtype)
+    return A, x.new_empty((weight.shape[0], 0), dtype=dtype), 0.0
 
 
 def _wants_grad(x: Tensor, norm: Norm | None, residual: Tensor | None, layers: tuple) -> bool:
