@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from triton_problems import FP64, draw_routes
 
-from twn_kernels.impl import reference
-from twn_kernels.impl.triton.group import group
+from twn_kernels.impl import reference, triton
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 
 SCALING_R, SCALING_E = (0.5, -2.0, 1.25), (-1.75, 0.75, 3.0)  # a row served by the wrong adapter is far off
@@ -91,7 +90,7 @@ class GroupInputs:
 
 def run(inputs: GroupInputs) -> dict[str, torch.Tensor]:
     """``y`` and ``s`` of the Triton implementation."""
-    return dict(zip(("y", "s"), group(*inputs.arguments), strict=True))
+    return dict(zip(("y", "s"), triton.group(*inputs.arguments), strict=True))
 
 
 def check(inputs: GroupInputs) -> dict[str, torch.Tensor]:
@@ -118,7 +117,5 @@ def produced(inputs: GroupInputs) -> torch.Tensor:
 
 
 def _plain(inputs: GroupInputs) -> GroupInputs:
-    from dataclasses import replace
-
     inputs.problem = replace(inputs.problem, front="")
     return inputs

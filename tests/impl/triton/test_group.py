@@ -7,7 +7,7 @@ import torch
 from group_problems import GroupInputs, GroupProblem, check, run
 from triton_problems import BF16, FP16, FP32
 
-from twn_kernels.impl.triton import group as launcher
+from twn_kernels.impl.triton import group_product as launcher
 from twn_kernels.impl.triton.group_config import GroupConfig
 
 THREE = ((16, 8), (1, 17), (0, 48))

@@ -4,7 +4,10 @@ The portable GPU implementation (Ampere and newer) and the training kernels. On 
 """
 
 from twn_kernels.impl.triton.group_grad import group_backward
+from twn_kernels.impl.triton.group_product import group
 from twn_kernels.impl.triton.launch import backward, fanout, forward
 from twn_kernels.impl.triton.produce import produce_
 
-__all__ = ["backward", "fanout", "forward", "group_backward", "produce_"]
+GROUP_UNIFORM = True  # ``group`` and ``group_backward`` take ``routes=None``: every row uses what is in ``present``
+
+__all__ = ["GROUP_UNIFORM", "backward", "fanout", "forward", "group", "group_backward", "produce_"]

@@ -25,7 +25,8 @@ class GroupConfig:
 
     ``block_r`` is the step through the rank, ``group_m`` the tile rows of an L2 band, ``parts`` the runs of columns
     that go through the epilogue one after the other, ``resident`` the programs a processor holds at a time,
-    ``descriptors`` whether x and the weights are read by tensor descriptor.
+    ``descriptors`` whether x and the weights are read by tensor descriptor, ``prefetch`` how many lines (128
+    bytes) of each row of its first weight tile a program asks for while the kernel in front runs (from sm_90 on).
     """
 
     block_m: int
@@ -37,6 +38,7 @@ class GroupConfig:
     parts: int = 1
     resident: int = 1
     descriptors: bool = False
+    prefetch: int = 0
     group_m: int = 8
 
     def programs(self, tiles: int, processors: int) -> int:
@@ -101,8 +103,8 @@ def _candidates(
     """Tiles to choose from, the largest first."""
     if wide:  # plain fp32 multiplies on CUDA cores
         if tokens <= _DECODE_TOKENS:
-            return (GroupConfig(16, 64, 32, 16, num_warps=4, num_stages=3, resident=2),)
-        return (GroupConfig(_EXACT_ROWS, 64, 32, 16, num_warps=8, num_stages=3),)
+            return (GroupConfig(16, 32, 32, 16, num_warps=4, num_stages=3, resident=2),)
+        return (GroupConfig(_EXACT_ROWS, 32 if swiglu else 64, 32, 16, num_warps=8, num_stages=3),)
     if tokens <= _DECODE_TOKENS:
         return _decode_tiles(arch) if base_aligned else (GroupConfig(16, 32, 64, 16, num_warps=4, num_stages=3),)
     if not base_aligned or (separate and not low_rank_aligned):
@@ -118,7 +120,7 @@ def _candidates(
 def _decode_tiles(arch: int) -> tuple[GroupConfig, ...]:
     """Bound by reading the weights: deep tiles for bytes in flight, narrow ones where columns are few."""
     resident = 1 if arch in _SMALL_SHARED else 2
-    wide = GroupConfig(16, 32, 128, 32, num_warps=4, num_stages=5, resident=resident)
+    wide = GroupConfig(16, 32, 128, 32, num_warps=4, num_stages=5, resident=resident, prefetch=16)
     return wide, dataclasses.replace(wide, block_n=16)
 
 

@@ -236,14 +236,31 @@ def _add_bias(acc, bias, first_column, column, in_columns):
 
 
 @triton.jit
-def _prefetch_weights(w, tile_n, N, K, stride_wn, BYTES: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr):
-    """Ask for the first ``COUNT`` lines of 128 bytes of each row of a weight tile, without waiting for them."""
+def _prefetch(w, tile_n, N, K, stride_wn, LINES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask for the first 128-byte lines of each row of a weight tile, without waiting for them.
+
+    It only moves lines into L2, so it may run before the kernels in front have ended, whatever they write.
+    """
     columns = tl.minimum(tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
-    features = tl.minimum(tl.arange(0, COUNT) * (128 // BYTES), K - 1)
+    line: tl.constexpr = 128 // (w.dtype.element_ty.primitive_bitwidth // 8)
+    features = tl.minimum(tl.arange(0, LINES) * line, K - 1)
+    addresses = (w + columns[:, None] * stride_wn + features[None, :]).to(tl.int64)
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [w + columns[:, None] * stride_wn + features[None, :]],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _place(tile, tiles_m, tiles_n, tiles_0, tiles_1, SELECTED: tl.constexpr, GROUP_M: tl.constexpr):
+    """``(tile row, projection, tile column in it)`` of the tile with this number."""
+    tile_m, tile_n = grouped_position(tile, tiles_m, tiles_n, GROUP_M)
+    projection = 0
+    if SELECTED > 1:
+        projection = (tile_n >= tiles_0).to(tl.int32)
+        if SELECTED > 2:
+            projection += (tile_n >= tiles_1).to(tl.int32)
+        tile_n -= _one_of(projection, 0, tiles_0, tiles_1, SELECTED)
+    return tile_m, projection, tile_n
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -299,6 +316,7 @@ def group_kernel(
     SEPARATE: tl.constexpr,  # low-rank terms in their own accumulator: fp32 adapters
     DESCRIPTORS: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched before the previous kernel has ended
+    PREFETCH: tl.constexpr,  # lines of each row of the first weight tile to ask for before that end
     BASE_PRECISION: tl.constexpr,
     LOW_RANK_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -308,33 +326,33 @@ def group_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,  # 1, 2 or 4 parts of the tile's columns go through the epilogue one after the other
 ):
+    SELECTED: tl.constexpr = 1 if SWIGLU else COUNT  # projections that a tile is of one of
     acc_type: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_0 = tl.cdiv(N_0, BLOCK_N)
     tiles_1 = tiles_0
     tiles_n = tiles_0
-    if COUNT > 1 and not SWIGLU:
+    if SELECTED > 1:
         tiles_1 = tiles_0 + tl.cdiv(N_1, BLOCK_N)
         tiles_n = tiles_1
-    if COUNT > 2:
+    if SELECTED > 2:
         tiles_n = tiles_1 + tl.cdiv(N_2, BLOCK_N)
 
     if DEPENDENT:
         cuda.gdc_launch_dependents()  # they wait for the end of this grid before they read
+        if PREFETCH > 0:
+            _, projection, tile_n = _place(tl.program_id(0), tiles_m, tiles_n, tiles_0, tiles_1, SELECTED, GROUP_M)
+            N = _one_of(projection, N_0, N_1, N_2, SELECTED)
+            stride_wn = _one_of(projection, stride_w0n, stride_w1n, stride_w2n, SELECTED)
+            _prefetch(_one_of(projection, w_0, w_1, w_2, SELECTED), tile_n, N, K, stride_wn, PREFETCH, BLOCK_N)
+            if SWIGLU:
+                _prefetch(w_1, tile_n, N, K, stride_w1n, PREFETCH, BLOCK_N)
         cuda.gdc_wait()
 
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        tile_m, tile_n = grouped_position(tile, tiles_m, tiles_n, GROUP_M)
-        projection = 0
-        N = N_0
-        offset = 0  # of the projection's columns in y
-        if COUNT > 1 and not SWIGLU:
-            projection = (tile_n >= tiles_0).to(tl.int32)
-            if COUNT > 2:
-                projection += (tile_n >= tiles_1).to(tl.int32)
-            N = _one_of(projection, N_0, N_1, N_2, COUNT)
-            offset = _one_of(projection, 0, N_0, N_0 + N_1, COUNT)
-            tile_n -= _one_of(projection, 0, tiles_0, tiles_1, COUNT)
+        tile_m, projection, tile_n = _place(tile, tiles_m, tiles_n, tiles_0, tiles_1, SELECTED, GROUP_M)
+        N = _one_of(projection, N_0, N_1, N_2, SELECTED)
+        offset = _one_of(projection, 0, N_0, N_0 + N_1, SELECTED)  # of the projection's columns in y
 
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=acc_type)
         if SWIGLU:
@@ -345,15 +363,15 @@ def group_kernel(
             )  # fmt: skip
         else:
             w_descriptor = w_0_descriptor
-            if DESCRIPTORS and COUNT > 1:
+            if DESCRIPTORS and SELECTED > 1:
                 if projection == 1:
                     w_descriptor = w_1_descriptor
-                if COUNT > 2:
+                if SELECTED > 2:
                     if projection == 2:
                         w_descriptor = w_2_descriptor
             acc = _base_range(
-                acc, x, _one_of(projection, w_0, w_1, w_2, COUNT), x_descriptor, w_descriptor, tile_m, tile_n, M, N,
-                K, stride_xm, _one_of(projection, stride_w0n, stride_w1n, stride_w2n, COUNT),
+                acc, x, _one_of(projection, w_0, w_1, w_2, SELECTED), x_descriptor, w_descriptor, tile_m, tile_n, M, N,
+                K, stride_xm, _one_of(projection, stride_w0n, stride_w1n, stride_w2n, SELECTED),
                 DESCRIPTORS, BASE_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
@@ -372,21 +390,22 @@ def group_kernel(
                 route = tl.load(routes + first_row + row, mask=in_rows, other=0).to(tl.int32)
             users_r, users_e, users_all = count_users(route, in_rows)
             s_rows = s + first_row * stride_sm
-            stride_brn = _one_of(projection, stride_br0n, stride_br1n, stride_br2n, COUNT)
-            stride_ben = _one_of(projection, stride_be0n, stride_be1n, stride_be2n, COUNT)
+            ranks_0 = rank_r0 + rank_e0
+            stride_brn = _one_of(projection, stride_br0n, stride_br1n, stride_br2n, SELECTED)
+            stride_ben = _one_of(projection, stride_be0n, stride_be1n, stride_be2n, SELECTED)
             acc = _low_rank_ranges(
-                acc, s_rows + _one_of(projection, 0, rank_r0 + rank_e0, rank_r0 + rank_e0 + rank_r1 + rank_e1, COUNT),
-                _one_of(projection, b_r0, b_r1, b_r2, COUNT) + first_column * stride_brn,
-                _one_of(projection, b_e0, b_e1, b_e2, COUNT) + first_column * stride_ben,
-                _one_of(projection, rank_r0, rank_r1, rank_r2, COUNT),
-                _one_of(projection, rank_e0, rank_e1, rank_e2, COUNT),
+                acc, s_rows + _one_of(projection, 0, ranks_0, ranks_0 + rank_r1 + rank_e1, SELECTED),
+                _one_of(projection, b_r0, b_r1, b_r2, SELECTED) + first_column * stride_brn,
+                _one_of(projection, b_e0, b_e1, b_e2, SELECTED) + first_column * stride_ben,
+                _one_of(projection, rank_r0, rank_r1, rank_r2, SELECTED),
+                _one_of(projection, rank_e0, rank_e1, rank_e2, SELECTED),
                 stride_sm, stride_brn, stride_ben, row, in_rows, route, users_r, users_e, users_all, column, in_columns,
                 PRESENT, SEPARATE, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
             )  # fmt: skip
             if SWIGLU:
                 up = _low_rank_ranges(
-                    up, s_rows + rank_r0 + rank_e0, b_r1 + first_column * stride_br1n,
-                    b_e1 + first_column * stride_be1n, rank_r1, rank_e1, stride_sm, stride_br1n, stride_be1n,
+                    up, s_rows + ranks_0, b_r1 + first_column * stride_br1n, b_e1 + first_column * stride_be1n,
+                    rank_r1, rank_e1, stride_sm, stride_br1n, stride_be1n,
                     row, in_rows, route, users_r, users_e, users_all, column, in_columns,
                     PRESENT, SEPARATE, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
                 )  # fmt: skip

@@ -66,7 +66,7 @@ def _group(site, config: GroupConfig, arch, dtype, adapters=None, *, aligned="al
             types[f"w_{i}_descriptor"] = f"tensordesc<{dtype}[{config.block_n}, {config.block_k}]>"
     constants: dict[str, Any] = {
         "COUNT": count, "SWIGLU": swiglu, "PRESENT": present, "SEPARATE": mixed and present != 0,
-        "DESCRIPTORS": config.descriptors, "DEPENDENT": arch >= 90,
+        "DESCRIPTORS": config.descriptors, "DEPENDENT": arch >= 90, "PREFETCH": config.prefetch,
         "BASE_PRECISION": "ieee", "LOW_RANK_PRECISION": "tf32x3" if mixed else "ieee",
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_R": config.block_r,
         "GROUP_M": config.group_m, "PARTS": config.parts,

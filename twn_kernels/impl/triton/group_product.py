@@ -108,7 +108,7 @@ def _product(operands: _Operands) -> None:
         operands.s.stride(0), *(b.stride(0) if b.shape[1] else 0 for b in operands.b), *[0] * (2 * missing),
         0 if operands.residual is None else operands.residual.stride(0), y.stride(0),
         COUNT=len(weights), SWIGLU=operands.swiglu, PRESENT=operands.present, SEPARATE=operands.separate,
-        DESCRIPTORS=config.descriptors, DEPENDENT=dependent,
+        DESCRIPTORS=config.descriptors, DEPENDENT=dependent, PREFETCH=config.prefetch,
         BASE_PRECISION="ieee", LOW_RANK_PRECISION=launch._precision(x.dtype, operands.s.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
         GROUP_M=config.group_m, PARTS=config.parts,
