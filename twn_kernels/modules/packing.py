@@ -54,8 +54,9 @@ class PackedGroup:
     whole panel. They cost the memory of those weights while the state dict lives, and writing into them does not reach
     the model (``load_state_dict``, and ``state_dict(keep_vars=True)``, do).
 
-    On a GPU, an edit of ``lora_B`` through ``.data`` leaves no trace that the host could see: call :meth:`refresh`
-    after one. Every other edit, in place or not, is seen.
+    An edit of ``lora_B`` through ``.data`` leaves no trace that the host could see, so calls that may be part of
+    training, and the first one after them, look at every ``lora_B`` anew; calls on a CPU always do. On a GPU, call
+    :meth:`refresh` after such an edit between two calls without gradients. Every other edit is seen.
     """
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
@@ -128,6 +129,10 @@ class PackedGroup:
             self._settle()
         if self._plan is None or (capturing and seen[0] != self._weights):
             return ()
+        if torch.is_grad_enabled() and any(
+            lora is not None and lora.B.requires_grad for p in projections for lora in p[2:]
+        ):
+            self._fresh = None  # an optimizer may step through .data, which the host does not see
         views = _storages(self._plan, projections)
         return (self._key, *views) if self._clean and not capturing else (self._key, *views, self._poison)
 
@@ -239,7 +244,7 @@ class PackedGroup:
     def _update(self, projections: Sequence[Projection], seen: tuple, capturing: bool) -> None:
         """Refresh the shadow, and find out whether all of it is finite without waiting for the answer."""
         B = [None if lora is None else lora.B for projection in projections for lora in projection[2:]]
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             storages = _storages(self._plan, projections)
             load("blas").panels.fill_adapters_(self._plan, storages, B, self._bits, self._poison)
             if capturing:  # recorded, not run: what the host knew stays true
