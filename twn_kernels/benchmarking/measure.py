@@ -259,8 +259,8 @@ def _check_alive(timer: Timer, error: BaseException) -> None:
 
 
 def _free(timer: Timer) -> None:
-    gc.collect()
-    if timer.on_gpu:
+    if timer.on_gpu:  # modules hold each other in cycles, which only the collector ends
+        gc.collect()
         torch.cuda.empty_cache()
 
 
