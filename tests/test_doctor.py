@@ -36,7 +36,7 @@ def test_everything_that_runs_here_is_ok():
                         assert f"{op} {part}, {impl}, {dtype}, {device}" in names
             if hasattr(choice.load(impl), "group"):
                 for part in ("forward", "backward", "isolation"):
-                    for dtype in doctor.DTYPES:
+                    for dtype in ("bf16",) if impl == "triton" and device == "cpu" else doctor.DTYPES:
                         assert f"dual_lora_group {part}, {impl}, {dtype}, {device}" in names
 
 
@@ -107,7 +107,7 @@ def _nan_everywhere_where_one_was(real):
 @pytest.mark.parametrize(
     ("function", "wrong", "red"),
     [
-        ("group", lambda real: _wrong_by(1.03, real, 0), {"forward", "backward", "isolation"}),
+        ("group", lambda real: _wrong_by(1.03, real, 0), {"forward", "isolation"}),
         ("group", _nan_everywhere_where_one_was, {"isolation"}),
         ("group_backward", lambda real: _wrong_by(1.03, real, 0), {"backward"}),
     ],

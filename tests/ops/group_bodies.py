@@ -86,11 +86,11 @@ def gradients(impl: str, case: GroupCase, device) -> None:
         assert_as_good_as_torch(value, truth[name], own[name], f"{impl} {case} {name}")
 
 
-def same_bits_twice(form: str, case: GroupCase, device) -> None:
+def same_bits_again(form: str, case: GroupCase, device, rounds: int) -> None:
     """No atomics, no order that depends on timing."""
     group = Group(form, case, device)
     first = [y.clone() for y in group()]
-    for _ in range(5):
+    for _ in range(rounds):
         assert all(torch.equal(a, b) for a, b in zip(first, group(), strict=True))
 
 
@@ -153,15 +153,18 @@ def captured(function: Callable[[], tuple], device) -> tuple[tuple, Callable[[],
     return outputs, graph.replay
 
 
-def replays(form: str, case: GroupCase, device) -> None:
-    """A captured call follows what is changed in place: routes, inputs and the weights of both adapters."""
+def replays(form: str, case: GroupCase, device, routes: tuple[int | None, ...]) -> None:
+    """A captured call follows what is changed in place: inputs, the weights of both adapters, and routes.
+
+    ``routes``: what every row takes in one replay after the other; None: all four in turn.
+    """
     group = Group(form, case, device)
     group.plan = RoutePlan.from_routes(group.plan.routes.clone())
     outputs, replay = captured(group, device)
     generator = torch.Generator().manual_seed(3)
-    for value in (0, 1, 2, 3, None):
-        routes = torch.arange(case.tokens) % 4 if value is None else torch.full((case.tokens,), value)
-        group.plan.refresh_(routes.to(device, torch.int8))
+    for value in routes:
+        rows = torch.arange(case.tokens) % 4 if value is None else torch.full((case.tokens,), value)
+        group.plan.refresh_(rows.to(device, torch.int8))
         with torch.no_grad():
             changed = [
                 group.args["x"],
