@@ -16,7 +16,8 @@ Reasoning lies nearest to the input: a batch under it alone multiplies nothing e
 alone does so with one projection, and passes over reasoning's (zeroed) columns with several.
 
 The B columns are a shadow of ``lora_B`` with non-finite entries zeroed, since 0 * NaN would reach rows that do not use
-the adapter; ``poison`` tells which columns were not finite, and rows that use these get NaN through their shrink.
+the adapter; ``poison`` tells which columns were not finite, and rows that use these get NaN through their shrink. In a
+row that uses it, an adapter of k that is not finite makes v NaN too, and the reverse, as they share a product.
 
 This file holds the layout (plain numbers), filling, and the products. Who owns panels is not its business.
 """
