@@ -17,22 +17,22 @@ _LOW_RANK = ("b_r", "b_e", "rank_", "stride_sm", "stride_b")
 def group_compilations(arch: int) -> list[tuple]:
     """Name, kernel, configuration, signature, constants, divisible arguments and whether tensor cores must show.
 
-    Of :func:`every_group_compilation` those that the main paths of a model take, and for each code path of the kernel
-    the one that needs the most registers.
+    Of :func:`every_group_compilation` the ones that a model spends its time in; on sm_90 also a residual beside the
+    largest accumulator, and fp32 adapters.
     """
     configs = all_group_configs(arch)
-    aligned, swiglu = configs["all_aligned"], configs["swiglu-all_aligned"]
-    decode = aligned[0]
+    aligned = configs["all_aligned"]
     chosen = [
-        _group("qkv", decode, arch, "bf16"),
-        _group("gate_up", swiglu[0], arch, "bf16"),
         _group("qkv", _largest(aligned), arch, "bf16"),
-        _group("o", _largest(aligned), arch, "bf16"),
-        _group("gate_up", _largest(swiglu), arch, "bf16"),
-        _group("qkv", _largest(configs["base_aligned"]), arch, "bf16", aligned="base"),
-        _group("o", _largest(configs["separate-all_aligned"]), arch, "bf16", "fp32"),
+        _group("gate_up", _largest(configs["swiglu-all_aligned"]), arch, "bf16"),
+        _group("qkv", aligned[0], arch, "bf16"),  # decode
     ]
-    return list({fields[0]: fields for fields in chosen}.values())
+    if arch == 90:
+        chosen += [
+            _group("o", _largest(aligned), arch, "bf16"),
+            _group("o", _largest(configs["separate-all_aligned"]), arch, "bf16", "fp32"),
+        ]
+    return chosen
 
 
 def every_group_compilation(arch: int) -> Iterator[tuple]:
