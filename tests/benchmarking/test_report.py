@@ -169,7 +169,7 @@ def test_a_file_named_twice_counts_once_and_other_json_is_left_out(tmp_path):
     file = saved(run(contest(QKV, ours_auto=1.0)), tmp_path / "deep" / "a.json")
     (tmp_path / "stamp.json").write_text('{"kind": "other"}')
     (tmp_path / "torn.json").write_text("{")
-    found = find([tmp_path, file, tmp_path / "deep"], tmp_path)
+    found = find([tmp_path, file, tmp_path / "deep" / ".." / "deep"], tmp_path)
     assert [source.name for source in found.sources] == ["deep/a.json"]
     assert [path.name for path in found.left_out] == ["stamp.json", "torn.json"]
 
