@@ -51,6 +51,7 @@ def main(arch: int) -> None:
         (0, torch.bfloat16, torch.bfloat16),
     ):
         call_all(launch, tokens, dtype, adapter_dtype)
+        call_group(tokens, dtype, adapter_dtype)
 
 
 def call_all(launch, tokens: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
@@ -63,6 +64,30 @@ def call_all(launch, tokens: int, dtype: torch.dtype, adapter_dtype: torch.dtype
         y, s = launch.forward(x, weight, bias, *loras, 0.5, 2.0, *tail)
         launch.fanout(x, weight, bias, *loras, 0.5, 2.0, *tail)
         launch.backward(y, None, None, x, weight, *loras, 0.5, 2.0, s, *tail, (True,) * 6)
+
+
+def call_group(tokens: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+    """The producer with each front and kind of routes, a split sum among them, and the backward pass."""
+    from twn_kernels.impl.triton import group_backward, produce_
+
+    features, routes = 96, torch.zeros(tokens, dtype=torch.int8)
+    widths, ranks = (81, 16, 7), ((16, 5), (0, 1), (3, 0))
+    A_r, A_e = ([torch.zeros(pair[a], features, dtype=adapter_dtype) for pair in ranks] for a in (0, 1))
+    B_r, B_e = (
+        [torch.zeros(n, pair[a], dtype=adapter_dtype) for n, pair in zip(widths, ranks, strict=True)] for a in (0, 1)
+    )
+    s, columns, scaling = torch.zeros(tokens, 25, dtype=adapter_dtype), [0, 16, 21, 21, 22, 25], [0.5, 1.0, 2.0]
+    x, x_out = torch.zeros(tokens, 2 * features, dtype=dtype), torch.zeros(tokens, features, dtype=dtype)
+    norm = (x[:, :features], torch.ones(features, dtype=dtype), 1e-6, False)
+    for front, rows, present in ((norm, routes, 3), ((x, None, 0.0, True), None, 1), (norm, None, 0)):
+        produce_(*front, A_r, A_e, scaling, scaling, rows, present, x_out, s, columns)
+    weights = [torch.zeros(n, features, dtype=dtype) for n in widths]
+    dy, needs = torch.zeros(tokens, sum(widths), dtype=dtype), (True, *([[True] * len(widths)] * 5))
+    for rows, present in ((routes, 3), (None, 0)) if tokens == 1 else ((routes, 3),):
+        group_backward(dy, x_out, weights, A_r, B_r, A_e, B_e, scaling, scaling, s, rows, present, needs)
+    if tokens == 1:
+        long, A = torch.zeros(tokens, 12288, dtype=dtype), [torch.zeros(9, 12288, dtype=adapter_dtype)]
+        produce_(long, None, 0.0, False, A, A, [1.0], [1.0], routes, 3, None, s, [0, 9])
 
 
 if __name__ == "__main__":

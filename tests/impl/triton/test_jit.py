@@ -26,3 +26,7 @@ def test_every_launcher_compiles_for_a_gpu_that_is_not_there(arch):
     assert launches["gemm_kernel"] == 4 * 3, "forward, fan-out and dx"
     assert launches["shrink_kernel"] >= 4 * 3
     assert launches["grad_kernel"] >= 4 * 2
+    assert launches["produce_kernel"] == 2 * 3 + 1, "each front of a group, and one long sum"
+    assert launches["reduce_kernel"] >= 1, "the long sum is split"
+    assert launches["group_shrink_kernel"] == launches["group_grad_kernel"] == 2, "only where adapters are present"
+    assert launches["group_dx_kernel"] == 2 + 1

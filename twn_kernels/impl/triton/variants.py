@@ -14,6 +14,8 @@ from typing import Any
 from twn_kernels.impl.triton.config import all_configs
 from twn_kernels.impl.triton.gemm_kernel import gemm_kernel
 from twn_kernels.impl.triton.grad_kernel import grad_kernel
+from twn_kernels.impl.triton.group_variants import group_compilations
+from twn_kernels.impl.triton.produce_variants import produce_compilations
 from twn_kernels.impl.triton.shrink_kernel import reduce_kernel, shrink_kernel
 
 __all__ = ["Variant", "variants"]
@@ -42,6 +44,8 @@ def variants(arch: int) -> list[Variant]:
         *_shrink_variants(configs),
         *_grad_variants(configs),
         *_reduce_variants(configs["reduce"]),
+        *(Variant(*fields) for fields in produce_compilations(arch)),
+        *(Variant(*fields) for fields in group_compilations(arch)),
     ]
 
 
