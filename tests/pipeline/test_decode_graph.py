@@ -32,9 +32,9 @@ def backbone(family: str, dtype=torch.float32, attention: str = "sdpa") -> Backb
     return Backbone(model)
 
 
-def read(base: Backbone, family: str, rows: int):
+def read(base: Backbone, family: str, rows: int, seed: int = 0):
     """A prompt of unequal lengths, with images where the family sees, and the cache that holds it."""
-    prompt, cache = base.prompt(tiny_inputs(family, batch=rows)), base.new_cache()
+    prompt, cache = base.prompt(tiny_inputs(family, batch=rows, seed=seed)), base.new_cache()
     with torch.no_grad():
         base.read(prompt, None, cache)
     return prompt, cache
@@ -272,6 +272,18 @@ def test_a_recording_for_each_bucket(monkeypatch):
     kept = {2: [1, 3], 4: [1]}
     assert torch.equal(run(fixed, 5, 7, kept), run(eager, 5, 7, kept))
     assert fixed.graph.captured == [(8, 16), (8, 24), (2, 24), (1, 24)]
+
+
+def test_recordings_of_outgrown_buffers_are_dropped(monkeypatch):
+    base = backbone("llama")
+    fixed, eager = (Fixed(base, "llama", 2, "reasoning") for _ in range(2))
+    recorded(fixed, monkeypatch)
+    for seed, steps in ((0, BLOCK), (1, 2)):
+        prompt, cache = read(base, "llama", 2, seed)
+        for batch in (fixed, eager):
+            batch.graph.load(cache, prompt.mask, prompt.next_position)
+        assert torch.equal(run(fixed, 2, steps), run(eager, 2, steps))
+        assert fixed.graph.capacity > 16
 
 
 def test_replaced_weights_are_captured_anew(monkeypatch):
