@@ -30,11 +30,13 @@ MAY_IMPORT = {
     "env": {"ops", "impl"},
     "doctor": {"ops", "impl", "testing", "env"},
     "demo": {"benchmarking", "testing", "pipeline", "patching", "modules", "ops", "checkpoint"},
-    "cli": {"doctor", "demo", "env", "evaluation", "training", "pipeline", "patching", "ops", "checkpoint"},
+    "cli": {
+        *("benchmarking", "doctor", "demo", "env", "evaluation", "training"),
+        *("pipeline", "patching", "ops", "checkpoint"),
+    },
     "testing": {"pipeline", "patching", "modules", "ops", "impl", "checkpoint"},
     "benchmarking": {"testing", "pipeline", "patching", "modules", "ops", "impl", "checkpoint", "env"},
 }
-MAY_IMPORT["cli"] |= {"benchmarking"}
 EVERYONES = {"errors", "settings"}
 HEAVY = {"PIL", "huggingface_hub", "matplotlib", "numpy", "peft"}
 HEAVY |= {"sklearn", "torchvision", "tqdm", "transformers", "triton"}
