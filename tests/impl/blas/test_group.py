@@ -213,6 +213,19 @@ def test_products_run_over_the_columns_that_the_route_needs(outputs, routes, ext
     assert _widths(monkeypatch, problem.draw(device)) == [64 + more for more in extra]
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["torch", "producer"])
+@pytest.mark.parametrize("pack", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("routes", ["mixed", "embedding", "base"])
+def test_shrinks_that_nobody_reads_are_not_gathered(routes, pack, fused, device):
+    tensors = Problem(5, 32, MLP, ((8, 4),) * 2, BF16, routes, "norm").draw(device)
+    how = {"packed": _kinds(pack, tensors)}
+    if fused:
+        how["produce"] = pytest.importorskip("twn_kernels.impl.triton").produce_
+    y, s = blas.group(**tensors, **how)
+    alone, nothing = blas.group(**tensors, **how, needs_s=False)
+    assert s.shape == (5, 24) and nothing is None and torch.equal(y, alone)
+
+
 @pytest.mark.parametrize("pack", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("routes", ["mixed", "reasoning", "base"])
 def test_no_data_is_read_on_the_host(routes, pack):

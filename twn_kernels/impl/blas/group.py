@@ -19,13 +19,14 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def group(
     x, norm_weight, eps, gated, weights, biases, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present,
-    swiglu, residual, packed=(), produce=None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    swiglu, residual, packed=(), produce=None, needs_s=True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``y [tokens, sum of out_features]`` (or ``[tokens, out_features]``) and ``s [tokens, sum of ranks]``.
 
     Args:
         packed: of a packed group: the key of its layout, its panels, and ``poison`` where an adapter may not be finite.
         produce: a fused kernel that writes input and shrinks, where the device has one.
+        needs_s: without it ``s`` is None, which saves the launch that gathers it.
         others: as every implementation.
     """
     if x.dtype not in _HALF:
@@ -36,33 +37,34 @@ def group(
     adapters = (A_r, A_e, scaling_r, scaling_e, routes, present)
     plan = panels.fitting_layout(packed, x, A_r, A_e)
     if present == 0:
-        y, s = _base(x, front, weights, biases, adapters, plan, packed, produce)
+        y = _base(x, front, weights, biases, adapters, plan, packed, produce)
+        s = x.new_zeros((x.shape[0], sum(map(len, (*A_r, *A_e)))), dtype=A_r[0].dtype) if needs_s else None
     elif plan is None:
-        y, s = _unpacked(x, front, weights, biases, (B_r, B_e), adapters, produce)
+        y, s = _unpacked(x, front, weights, biases, (B_r, B_e), adapters, produce, needs_s)
     else:
-        y, s = _packed(x, front, biases, adapters, plan, packed, produce)
+        y, s = _packed(x, front, biases, adapters, plan, packed, produce, needs_s)
     if swiglu:
         y = _silu_times(y)
     return (y if residual is None else residual + y), s
 
 
-def _base(x, front, weights, biases, adapters, plan, packed, produce) -> tuple[Tensor, Tensor]:
-    A_r, A_e = adapters[:2]
-    s = x.new_zeros((x.shape[0], sum(A.shape[0] for A in (*A_r, *A_e))), dtype=A_r[0].dtype)
+def _base(x, front, weights, biases, adapters, plan, packed, produce) -> Tensor:
+    A_r, A_e, *others = adapters
     if produce is not None and _is_written(front):
         z = x.new_empty((x.shape[0], weights[0].shape[1]))
-        produce(x, *front, *adapters, z, s, _columns(A_r, A_e))
+        none = [A[:0] for A in A_r]
+        produce(x, *front, none, none, *others, z, None, [0] * (2 * len(none)))
     else:
         z = _input(x, *front)
     if plan is not None and x.is_cuda:
         y = x.new_empty((x.shape[0], sum(plan.outputs)))
         panels.multiply_(plan, packed[1 : 1 + len(plan.panels)], z, plan.left, biases, 0, y)
-        return y, s
+        return y
     outputs = [F.linear(z, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), s
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _unpacked(x, front, weights, biases, B, adapters, produce) -> tuple[Tensor, Tensor]:
+def _unpacked(x, front, weights, biases, B, adapters, produce, needs_s) -> tuple[Tensor, Tensor | None]:
     A_r, A_e, scaling_r, scaling_e, routes, present = adapters
     ranks, left = low_rank.ranks_of(A_r, A_e), low_rank.ranks_of(A_r, A_e, present)
     unused = low_rank.unused_rows(routes, present)
@@ -74,7 +76,7 @@ def _unpacked(x, front, weights, biases, B, adapters, produce) -> tuple[Tensor, 
     else:
         z = _input(x, *front)
         low = low_rank.shrink(z, A_r, A_e, scaling_r, scaling_e, unused, present)
-        s = low_rank.widened(low, ranks, present)
+        s = low_rank.widened(low, ranks, present) if needs_s else None
     matrices = [_expansion(*pair, present) for pair in zip(*B, strict=True)]
     low, matrices = low_rank.isolated(low, matrices, left, unused)
     lows = low.split([sum(pair) for pair in left], dim=1)
@@ -82,10 +84,10 @@ def _unpacked(x, front, weights, biases, B, adapters, produce) -> tuple[Tensor, 
     y = x.new_empty((x.shape[0], sum(sizes)))
     for out, weight, bias, part, matrix in zip(y.split(sizes, dim=1), weights, biases, lows, matrices, strict=True):
         joined_product(z, weight, bias, part, matrix, out)
-    return y, s
+    return y, s if needs_s else None
 
 
-def _packed(x, front, biases, adapters, plan, packed, produce) -> tuple[Tensor, Tensor]:
+def _packed(x, front, biases, adapters, plan, packed, produce, needs_s) -> tuple[Tensor, Tensor | None]:
     A_r, A_e, scaling_r, scaling_e, routes, present = adapters
     aug = x.new_empty((x.shape[0], plan.pitch))
     z = aug[:, plan.left : plan.left + plan.in_features]
@@ -96,7 +98,8 @@ def _packed(x, front, biases, adapters, plan, packed, produce) -> tuple[Tensor, 
     if produce is not None:
         produce(x, *front, *adapters, z, aug, [block.column for block in plan.blocks])
         kept = zip(plan.blocks, low_rank.interleaved(*zip(*ranks, strict=True)), strict=True)
-        s = torch.cat([aug[:, block.column : block.column + rank] for block, rank in kept], dim=1)
+        parts = [aug[:, block.column : block.column + rank] for block, rank in kept]
+        s = torch.cat(parts, dim=1) if needs_s else None
     else:
         _input(x, *front, out=z)
         unused = low_rank.unused_rows(routes, present)
@@ -105,7 +108,7 @@ def _packed(x, front, biases, adapters, plan, packed, produce) -> tuple[Tensor, 
         for block, part in zip(plan.blocks, parts, strict=True):
             if part.shape[1]:
                 aug[:, block.column : block.column + part.shape[1]].copy_(part)
-        s = low_rank.widened(low, ranks, present)
+        s = low_rank.widened(low, ranks, present) if needs_s else None
     count = len(plan.panels)
     if len(packed) > 1 + count:
         _poison_(plan, aug, packed[1 + count], routes, present)
