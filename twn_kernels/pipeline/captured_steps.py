@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 
@@ -33,7 +34,7 @@ class CapturedSteps:
     def __init__(self, active: bool, *, demanded: bool = False, failure: str | None = None) -> None:
         self.active, self.failure, self._demanded = active, failure, demanded
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._pool = None
+        self._pool = self._stream = None
 
     @property
     def keys(self) -> list:
@@ -45,7 +46,7 @@ class CapturedSteps:
         if self._graphs and torch.cuda.is_available():
             torch.cuda.synchronize()  # a replay may be running still
         self._graphs.clear()
-        self._pool = None
+        self._pool = self._stream = None
 
     def run(self, key: Hashable, step: Callable[[], None], counters: Sequence[Tensor]) -> None:
         """Run ``step`` once.
@@ -69,7 +70,8 @@ class CapturedSteps:
         try:
             graph = self.capture(step, counters)
         except (RuntimeError, ValueError) as error:  # what a forward may raise when it touches the host
-            reason = f"capturing a step failed: {(str(error).strip().splitlines() or ['no message'])[0]}"
+            cause = error.__context__ or error  # ending the broken capture fails too, and says less
+            reason = f"capturing a step failed: {(str(cause).strip().splitlines() or ['no message'])[0]}"
             if self._demanded:
                 fix = 'Decode without a graph: capture=None, or decode="static" in the embedder.'
                 raise ImplUnavailable(f"{reason.rstrip('.')}. {fix}") from error
@@ -84,24 +86,26 @@ class CapturedSteps:
     def capture(self, step: Callable[[], None], counters: Sequence[Tensor]):
         """The step's graph, captured and not yet run."""
         with torch.cuda.device(counters[0].device):
-            _warm_up(step, counters)
             if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
+                # A stream of its own: torch's default one belongs to the device that first captured anything.
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            _warm_up(step, counters, self._stream)
             graph = torch.cuda.CUDAGraph()
+            gc.collect()  # a graph or event that the collector frees during capture would break it
             # Other threads (data loading) may go on using the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, **options):
                 step()
         return graph
 
 
-def _warm_up(step: Callable[[], None], counters: Sequence[Tensor]) -> None:
-    """Run the step twice beside the main stream, so that a capture compiles, tunes and sets up nothing."""
+def _warm_up(step: Callable[[], None], counters: Sequence[Tensor], stream: torch.cuda.Stream) -> None:
+    """Run the step twice on the stream that will capture it, so that a capture compiles, tunes and sets up nothing."""
     before = [counter.clone() for counter in counters]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(2):
             step()
             for counter, value in zip(counters, before, strict=True):
                 counter.copy_(value)
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
