@@ -14,7 +14,10 @@ from twn_kernels.testing.tiny_models import tiny_model
 
 
 def _model(impl: str, dtype=torch.float32):
-    model = twn_kernels.patch(tiny_model("llama", dtype=dtype).eval(), rank=4, impl=impl)
+    return _filled(twn_kernels.patch(tiny_model("llama", dtype=dtype).eval(), rank=4, impl=impl))
+
+
+def _filled(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -87,3 +90,34 @@ def test_scopes_that_end_out_of_order_leave_nothing_behind():
         assert torch.equal(model(input_ids=ids).logits, expected)
         inner.__exit__(None, None, None)
         assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+@torch.no_grad()
+def test_a_fused_block(step, in_double):
+    """qkv, o, gate_up with SwiGLU as its epilogue, and down: one kernel each, around transformers' own attention."""
+    options = {"num_hidden_layers": 1, "vocab_size": 64}
+    sites, models = [], []
+    for impl in ("triton", "reference"):
+        model = _filled(twn_kernels.patch(tiny_model("qwen3_vl", **options), rank=4, impl=impl))
+        models.append(model)
+    triton, reference = models
+    layer = triton.model.language_model.layers[0]
+    for site, group in layer.site_groups.items():
+        group.run = _noting(site, group.run, sites)
+    embeds = torch.randn(3, 5 if step == "prefill" else 1, 64)
+    spec = ["reasoning", "embedding", None]
+    outs = []
+    for model, given in ((triton, embeds), (in_double(reference), embeds.double()), (reference, embeds)):
+        with twn_kernels.route(model, spec):
+            outs.append(model(inputs_embeds=given, use_cache=False).logits)
+    assert_as_good_as_torch(*outs)
+    assert sites == [("qkv", False), ("o", False), ("gate_up", True), ("down", False)]
+
+
+def _noting(site, run, sites):
+    def noted(*args, **kwargs):
+        sites.append((site, kwargs.get("swiglu", False)))
+        return run(*args, **kwargs)
+
+    return noted
