@@ -14,7 +14,7 @@ import torch
 
 from twn_kernels import env
 
-__all__ = ["cache_bytes", "commit_of", "device_name", "now", "peers", "stamp"]
+__all__ = ["cache_bytes", "clocks", "commit_of", "device_name", "now", "peers", "stamp"]
 
 _CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu", "pstate")
 _SECONDS = 10
@@ -85,8 +85,13 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "multiprocessors": int(properties.multi_processor_count),
         "l2_cache_bytes": int(properties.L2_cache_size),
         "driver": _query("driver_version"),
-        **{name: _query(name) for name in _CLOCKS},
+        **clocks(device),
     }
+
+
+def clocks(device: torch.device | str) -> dict[str, str]:
+    """Clocks, power limit, temperature and performance state at this moment, as the driver's tool words them."""
+    return {name: _query(name) for name in _CLOCKS} if torch.device(device).type == "cuda" else {}
 
 
 def _query(field: str) -> str:

@@ -237,8 +237,12 @@ def _text_model(shape: ModelShape, layers: int, device: torch.device, dtype: tor
         eos_token_id=2,
         pad_token_id=0,
     )
-    with torch.device(device):
+    # Without transformers' initialisation, which would draw billions of numbers from torch's global generator: weights
+    # are drawn below, and the rotary frequencies are the only buffers.
+    with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.to_empty(device=device)
+    model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
     return model.eval().requires_grad_(False)
 
 

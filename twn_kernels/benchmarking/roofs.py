@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from twn_kernels.benchmarking import environment
 from twn_kernels.benchmarking.timers import CannotCapture, Timed, Timer, interleave
 
 __all__ = ["PITCHES", "measure"]
@@ -41,10 +42,11 @@ def measure(device: torch.device | str, *, seconds: float = 10.0, rounds: int = 
 
     Returns:
         ``copy_gb_per_s``: a large device-to-device copy, bytes read plus bytes written. ``matmul_tflops``: a large
-        square product in bf16 (fp32 on a CPU). ``launch_gap_us``: one more launch inside a graph (on a CPU: one small
-        op). ``pitched_gemm``: the vendor's GEMM at ``in_features`` + 0, 64 and 128 columns, operands with a pitched
-        leading dimension, each ``tokens``, ``out_features``, ``in_features``, ``extra``, ``time_us`` (median),
-        ``over_unpitched`` (time over that at 0) and ``ideal_over_unpitched`` (what the added columns alone cost).
+        square product in bf16 (fp32 on a CPU). ``clocks_after_matmul``: of the GPU under that load.
+        ``launch_gap_us``: one more launch inside a graph (on a CPU: one small op). ``pitched_gemm``: the vendor's GEMM
+        at ``in_features`` + 0, 64 and 128 columns, operands with a pitched leading dimension, each ``tokens``,
+        ``out_features``, ``in_features``, ``extra``, ``time_us`` (median), ``over_unpitched`` (time over that of the
+        plain layout) and ``ideal_over_unpitched`` (what the added columns alone cost).
     """
     timer = Timer(device)
     sizes = _GPU if timer.on_gpu else _CPU
@@ -52,6 +54,7 @@ def measure(device: torch.device | str, *, seconds: float = 10.0, rounds: int = 
     return {
         "copy_gb_per_s": _copy_gb_per_s(timer, sizes.copy_bytes, share, rounds),
         "matmul_tflops": _matmul_tflops(timer, sizes, share, rounds),
+        "clocks_after_matmul": environment.clocks(device),
         "launch_gap_us": _launch_gap_us(timer, share, rounds),
         "pitched_gemm": [
             entry for shape in sizes.gemms for entry in _pitched(timer, shape, sizes.dtype, share, rounds)

@@ -125,7 +125,9 @@ class Timer:
             self.wait()
         except RuntimeError as error:
             self.wait()  # raises where the device is broken for good, and not only the capture
-            raise CannotCapture(f"No CUDA graph can hold it: {str(error).strip().splitlines()[0]}") from error
+            cause = error.__context__ or error  # ending the capture fails too, and says less
+            line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise CannotCapture(f"No CUDA graph can hold it: {line}") from error
         return Timed(graph.replay, repeats * len(calls), True)
 
 
