@@ -186,19 +186,23 @@ def _store_part(
     offset,
     stride_residual_m,
     stride_ym,
+    SELECTED: tl.constexpr,
     SWIGLU: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """The epilogue of a tile's columns from ``first_column`` on: bias, gate, residual, one rounding."""
     column = tl.arange(0, WIDTH)
     in_columns = column < N - first_column
-    acc = _add_bias(acc, bias_0, first_column, column, in_columns & (projection == 0))
+    if SELECTED > 1:
+        owner = projection + tl.zeros_like(column)  # a vector: Triton 3.9 interprets `vector & scalar` wrongly
+        acc = _add_bias(acc, bias_0, first_column, column, in_columns & (owner == 0))
+        acc = _add_bias(acc, bias_1, first_column, column, in_columns & (owner == 1))
+        acc = _add_bias(acc, bias_2, first_column, column, in_columns & (owner == 2))
+    else:
+        acc = _add_bias(acc, bias_0, first_column, column, in_columns)
     if SWIGLU:
         up = _add_bias(up, bias_1, first_column, column, in_columns)
         acc = acc / (1.0 + tl.exp(-acc)) * up
-    else:
-        acc = _add_bias(acc, bias_1, first_column, column, in_columns & (projection == 1))
-        acc = _add_bias(acc, bias_2, first_column, column, in_columns & (projection == 2))
     in_part = in_rows[:, None] & in_columns[None, :]
     if residual is not None:
         sources = residual + first_row * stride_residual_m + first_column
@@ -416,5 +420,5 @@ def group_kernel(
         for i in tl.static_range(PARTS):
             _store_part(
                 accs[i], ups[i], projection, bias_0, bias_1, bias_2, residual, y, row, in_rows,
-                first_row, first_column + i * part, N, offset, stride_residual_m, stride_ym, SWIGLU, part,
+                first_row, first_column + i * part, N, offset, stride_residual_m, stride_ym, SELECTED, SWIGLU, part,
             )  # fmt: skip
