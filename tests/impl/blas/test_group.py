@@ -73,11 +73,14 @@ def test_an_adapter_that_a_call_leaves_out_may_stay_packed(problem, device):
     _check(tensors, "left out", packed=whole)
 
 
-def test_packed_weights_of_other_ranks_or_dtypes_are_not_used(device):
+def test_packed_weights_of_other_sizes_or_dtypes_are_not_used(device):
     problem = Problem(5, 32, MLP, ((8, 8),) * 2, BF16)
     tensors = problem.draw(device)
     other = packed(Problem(5, 32, MLP, ((8, 4),) * 2, BF16).draw(device))
     _check(tensors, "other ranks", packed=other)
+    for outputs, features in (((40, 48), 32), ((40,), 32), (MLP, 48)):
+        foreign = Problem(5, features, outputs, ((8, 8),) * len(outputs), BF16).draw(device)
+        _check(tensors, "another group's", packed=packed(foreign))
     _check(converted(tensors, FP16), "other dtype", packed=packed(tensors))
     wide = tensors | {name: converted({name: tensors[name]}, FP32)[name] for name in ("A_r", "B_r", "A_e", "B_e")}
     y, s = blas.group(**wide, packed=packed(tensors))

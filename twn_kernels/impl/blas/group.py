@@ -35,7 +35,7 @@ def group(
     present &= any(r for r, _ in ranks) | any(e for _, e in ranks) << 1
     front = (norm_weight, eps, gated)
     adapters = (A_r, A_e, scaling_r, scaling_e, routes, present)
-    plan = panels.fitting_layout(packed, x, A_r, A_e)
+    plan = panels.fitting_layout(packed, x, weights, A_r, A_e)
     if present == 0:
         y = _base(x, front, weights, biases, adapters, plan, packed, produce)
         s = x.new_zeros((x.shape[0], sum(map(len, (*A_r, *A_e)))), dtype=A_r[0].dtype) if needs_s else None

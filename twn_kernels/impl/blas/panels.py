@@ -230,11 +230,15 @@ def layout_of(key: Tensor) -> Layout:
     return layout(in_features, tuple(sizes[::3]), tuple(zip(sizes[1::3], sizes[2::3], strict=True)))
 
 
-def fitting_layout(packed: Sequence[Tensor], x: Tensor, A_r: Sequence[Tensor], A_e: Sequence[Tensor]) -> Layout | None:
-    """The layout of ``packed``, or None where it holds nothing that fits this call's dtypes and ranks."""
+def fitting_layout(
+    packed: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], A_r: Sequence[Tensor], A_e: Sequence[Tensor]
+) -> Layout | None:
+    """The layout of ``packed``, or None where it holds nothing that fits this call's dtypes and sizes."""
     if not packed or packed[1].dtype != x.dtype or A_r[0].dtype != x.dtype:
         return None
     plan = layout_of(packed[0])
+    if plan.in_features != weights[0].shape[1] or plan.outputs != tuple(weight.shape[0] for weight in weights):
+        return None
     for rank, kept in zip(plan.ranks, zip(A_r, A_e, strict=True), strict=True):
         if any(A.shape[0] not in (0, size) for A, size in zip(kept, rank, strict=True)):
             return None

@@ -128,7 +128,7 @@ def isolated(low: Tensor, matrices: Sequence[Tensor], ranks: Ranks, unused: Mask
         ranks: of each projection.
         unused: as :func:`unused_rows`; where both are None, every row uses every adapter and nothing is done.
     """
-    if unused == (None, None) or not low.shape[1]:
+    if (unused[0] is None and unused[1] is None) or not low.shape[1]:
         return low, list(matrices)
     poison = [m.new_zeros(m.shape[1]) if m.shape[0] == 0 else _peaks(m) for m in matrices]
     # 0 * finite is 0 and 0 * inf is NaN.
