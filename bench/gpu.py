@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measuring(argv: Sequence[str]) -> int:
     """Exit code of a measuring process, which does not outlive this one where that can be helped."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    process = subprocess.Popen([sys.executable, "-m", "bench.gpu", *argv], cwd=ROOT)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen([sys.executable, "-m", "bench.gpu", *argv], env={**os.environ, "PYTHONPATH": path})
     try:
         return process.wait()
     finally:

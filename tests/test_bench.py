@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import gpu
 from bench.gpu import main, parser
 from twn_kernels.benchmarking import results
 
@@ -82,6 +83,26 @@ def test_every_stage_runs_on_a_cpu_and_a_killed_run_goes_on(tmp_path, capfd):
     assert "prefill-8B" in done.stdout and "not measured" in done.stdout and "bench/results/" in done.stdout
     one = document.cases[0]
     assert one.command.endswith(f"--only {one.case}") and "--scale tiny" in one.command
+
+
+def test_a_measuring_process_that_dies_is_followed_by_one_that_goes_on(tmp_path, monkeypatch):
+    """Deaths by signal, by a broken device and by an exception; and one that gets nowhere."""
+    argv = ["--minutes", "1", "--out", str(tmp_path)]
+    codes, calls = [-11, gpu.BROKEN, gpu.CRASHED, 0], []
+
+    def measuring(arguments):
+        calls.append(arguments)
+        with (tmp_path / "journal.jsonl").open("a") as journal:
+            journal.write('{"event": "begin", "case": "c", "contender": ""}\n' * (len(calls) < 6))
+        return codes.pop(0)
+
+    monkeypatch.setattr(gpu, "_measuring", measuring)
+    assert main(argv) == 0
+    assert ["--resume" in arguments for arguments in calls] == [False, True, True, True]
+    assert all("--worker" in arguments and arguments[:4] == argv for arguments in calls)
+    codes += [-9, -9, -9]
+    assert main(argv) == 1  # the second of these wrote nothing new
+    assert codes == [-9]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -48,6 +48,21 @@ def test_every_tiny_case_runs_every_contender_to_a_row(case):
     assert by_name["ours_auto"].memory_added_bytes > 0 and by_name["plain"].memory_added_bytes == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", suites.cases("tiny"), ids=str)
+def test_every_tiny_case_runs_on_the_gpu_in_graphs_where_they_belong(case):
+    options = dataclasses.replace(OPTIONS, device=torch.device("cuda"), rounds=3)
+    rows = {row.contender: row for row in measure_case(case, options)}
+    for name in ("fused_base", "ours_auto", "ours_blas", "ours_triton", "plain"):
+        assert rows[name].correct and rows[name].time_us is not None, rows[name].reason
+    graphed = case.pass_ == "decode" or (case.pass_ == "forward" and case.suite in ("linear", "group"))
+    assert rows["ours_auto"].in_graph is graphed
+    if case.pass_ != "forward_backward":
+        assert rows["addmm_side_stream"].correct and rows["addmm_side_stream"].time_us is not None
+    if case.pass_ == "decode" and case.suite in ("layer", "model"):
+        assert rows["plain"].in_graph is False and rows["plain_graph"].in_graph is True
+
+
 def run_of(rows):
     return results.Run(environment.now(), "abc", None, "pytest", {}, {}, {}, tuple(rows))
 
@@ -58,9 +73,9 @@ def test_the_compiled_baseline_runs():
     assert row.correct and row.time_us is not None, row.reason
 
 
-def test_triton_runs_in_the_interpreter():
+def test_triton_runs_in_the_interpreter_or_on_the_gpu(device):
     case = Case("linear", "forward", "tiny", 4, "half", (4, 4), "fp32", site="k")
-    (row,) = measure_case(case, dataclasses.replace(OPTIONS, contenders=("ours_triton",)))
+    (row,) = measure_case(case, dataclasses.replace(OPTIONS, device=device, contenders=("ours_triton",)))
     assert row.correct and row.impl == "triton" and row.time_us is not None, row.reason
 
 
