@@ -88,6 +88,23 @@ def test_packed_weights_of_other_sizes_or_dtypes_are_not_used(device):
     assert_as_good_as_torch(y, _truth(wide)[0], eager(tensors)[0], "fp32 adapters")
 
 
+@pytest.mark.parametrize("pack", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("routes", ["mixed", "base"])
+def test_a_norm_weight_in_fp32(routes, pack, device):
+    tensors = Problem(7, 40, QKV, ((4, 4),) * 3, BF16, routes, "norm").draw(device)
+    tensors["norm_weight"] = torch.randn(40, device=device)
+    y, _ = blas.group(**tensors, packed=packed(tensors) if pack else ())
+    own = _rounded_norm(tensors)
+    assert_as_good_as_torch(y, eager(converted(tensors, torch.float64))[0], eager(own)[0])
+
+
+def _rounded_norm(tensors: dict) -> dict:
+    """The same problem with the norm done: x as a model's own norm leaves it."""
+    h = tensors["x"].float()
+    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + tensors["eps"])).to(BF16)
+    return tensors | {"x": (tensors["norm_weight"] * h).to(BF16), "norm_weight": None}
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("form", ["qkv", "gate_up", "down"])
 @pytest.mark.parametrize("pack", [False, True], ids=["plain", "packed"])
