@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from twn_kernels import TWNEmbedder
 from twn_kernels.pipeline import decode_choice, loading
 from twn_kernels.pipeline.captured_steps import CapturedSteps
 from twn_kernels.pipeline.decoding import Decoding
-from twn_kernels.testing.recorded_graph import record
 from twn_kernels.testing.reference_pipeline import ReferenceResult, reference_encode
 from twn_kernels.testing.tiny_directory import write_tiny_model
 from twn_kernels.testing.twn_directory import write_twn_directory
 
+sys.path.insert(0, str(Path(__file__).parent))  # what tests share, under pytest's importlib mode
 TEXTS = ["a red flower", "The old temple stands above the trees; its roofs are gold and red.", "seven"]
 
 
@@ -113,18 +114,11 @@ def decoding(monkeypatch):
 
     def use(embedder: TWNEmbedder, mode: str) -> None:
         if mode == "replayed":
+            from stepping import recorded_capture
+
             monkeypatch.setattr(decode_choice, "_why_no_device", lambda backbone: None)
             monkeypatch.setattr(CapturedSteps, "capture", recorded_capture)
         own = Decoding(embedder._backbone, "cuda_graph" if mode == "replayed" else mode)
         monkeypatch.setattr(embedder, "_decoding", own)
 
     return use
-
-
-def recorded_capture(steps, step, counters):
-    """Stands for ``CapturedSteps.capture``: the step's operators, recorded, with its counters as they were."""
-    before = [counter.clone() for counter in counters]
-    graph = record(step)
-    for counter, value in zip(counters, before, strict=True):
-        counter.copy_(value)
-    return graph

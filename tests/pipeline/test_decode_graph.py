@@ -1,108 +1,16 @@
-"""Decode steps on fixed buffers: equal to a growing cache, row by row, through every change of batch, routes, weights.
-
-The step runs eagerly here, or from a recording of its operators, which sees what a captured graph would see.
-"""
+"""Decode steps on fixed buffers: equal to a growing cache, row by row, through every change of the batch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from stepping import BLOCK, MIXED, Fixed, Growing, backbone, check, read, run, tokens
 
-import twn_kernels
-from twn_kernels.errors import ImplUnavailable, OptionError, ShapeError, TWNWarning
-from twn_kernels.pipeline.backbone import Backbone
-from twn_kernels.pipeline.captured_steps import CapturedSteps
+from twn_kernels.errors import ImplUnavailable, OptionError, ShapeError
 from twn_kernels.pipeline.decode_graph import DecodeGraph, column_bucket, row_bucket
 from twn_kernels.pipeline.decode_step import DecodeStep
 from twn_kernels.testing.oracle import assert_as_good_as_torch
-from twn_kernels.testing.recorded_graph import record
-from twn_kernels.testing.tiny_models import FAMILIES, tiny_inputs, tiny_model
-
-BLOCK = 8  # columns: small enough that a few steps cross buckets and outgrow the buffers
-MIXED = ["reasoning", None, "embedding", "both", "reasoning"]
-
-
-def backbone(family: str, dtype=torch.float32, attention: str = "sdpa") -> Backbone:
-    model = twn_kernels.patch(tiny_model(family, dtype=dtype), rank=4)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.set_attn_implementation(attention)
-    return Backbone(model)
-
-
-def read(base: Backbone, family: str, rows: int, seed: int = 0):
-    """A prompt of unequal lengths, with images where the family sees, and the cache that holds it."""
-    prompt, cache = base.prompt(tiny_inputs(family, batch=rows, seed=seed)), base.new_cache()
-    with torch.no_grad():
-        base.read(prompt, None, cache)
-    return prompt, cache
-
-
-class Growing:
-    """The same rows on a cache that grows, one eager step after another."""
-
-    def __init__(self, base: Backbone, family: str, rows: int, routes) -> None:
-        self.base, (prompt, self.cache) = base, read(base, family, rows)
-        self.mask, self.next, self.routes = prompt.mask, prompt.next_position, list(routes)
-
-    @torch.no_grad()
-    def step(self, ids: torch.Tensor) -> torch.Tensor:
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
-        with twn_kernels.route(self.base.model, self.routes):
-            vectors = self.base.embeddings(ids[:, None])
-            hidden = self.base.continue_(vectors, self.mask, self.next, self.cache)
-        self.next = self.next + 1
-        return hidden[:, -1]
-
-    def keep(self, places) -> None:
-        index = torch.tensor(places)
-        self.cache.batch_select_indices(index)
-        self.mask, self.next = self.mask[index], self.next[index]
-        self.routes = [self.routes[place] for place in places]
-
-
-class Fixed:
-    """The same rows on fixed buffers."""
-
-    def __init__(self, base: Backbone, family: str, rows: int, routes, block: int = BLOCK, **options) -> None:
-        prompt, cache = read(base, family, rows)
-        self.graph = DecodeGraph(base, block=block)
-        self.graph.load(cache, prompt.mask, prompt.next_position, routes=routes, **options)
-
-    def step(self, ids: torch.Tensor) -> torch.Tensor:
-        logits = self.graph.step(ids)
-        assert torch.equal(logits.argmax(1), self.graph.backbone.logits(self.graph.hidden).argmax(1))
-        return self.graph.hidden.clone()
-
-    def keep(self, places) -> None:
-        self.graph.keep(places)
-
-
-def tokens(rows: int, step: int) -> torch.Tensor:
-    return torch.arange(rows) * 7 + step * 3 + 5
-
-
-def run(batch, rows: int, steps: int, kept=()) -> torch.Tensor:
-    """Hidden states of every step, flattened; ``kept`` says which places go on after which step."""
-    out, kept = [], dict(kept)
-    for step in range(steps):
-        out.append(batch.step(tokens(rows, step)).flatten())
-        if step in kept:
-            batch.keep(kept[step])
-            rows = len(kept[step])
-    return torch.cat(out)
-
-
-def check(family: str, rows: int, steps: int, kept=(), routes=None, attention: str = "sdpa") -> Fixed:
-    routes = MIXED[:rows] if routes is None else routes
-    own = run(Growing(backbone(family, attention=attention), family, rows, routes), rows, steps, kept)
-    # transformers' eager attention rounds a padded row's float64 mask to fp32 infinities, hence to NaN.
-    truth = run(Growing(backbone(family, torch.float64), family, rows, routes), rows, steps, kept)
-    fixed = Fixed(backbone(family, attention=attention), family, rows, routes)
-    assert_as_good_as_torch(run(fixed, rows, steps, kept), truth, own, family)
-    return fixed
+from twn_kernels.testing.tiny_models import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -224,118 +132,6 @@ def test_rewinding_repeats_a_step_exactly():
     assert torch.equal(run(fixed, 2, 3), first)
     with pytest.raises(OptionError, match=r"length must be in \[0, 17\] \(what the rows hold\), got 18"):
         fixed.graph.rewind(18)
-
-
-def recorded(fixed: Fixed, monkeypatch) -> list:
-    """Make the graph replay recordings; returns the list that they are added to."""
-    made = []
-
-    def capture(steps, step, counters):
-        before = [counter.clone() for counter in counters]
-        made.append(record(step))
-        for counter, value in zip(counters, before, strict=True):
-            counter.copy_(value)
-        return made[-1]
-
-    monkeypatch.setattr(CapturedSteps, "capture", capture)
-    fixed.graph._steps.active = True
-    return made
-
-
-@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3_text", "gpt_neox"])
-def test_one_recording_follows_routes_and_weights(family, monkeypatch):
-    base, rows = backbone(family), 3
-    options = {"block": 32, "adapters": ["reasoning", "embedding"]}
-    fixed, eager = (Fixed(base, family, rows, "reasoning", **options) for _ in range(2))
-    made = recorded(fixed, monkeypatch)
-    for step, routes in enumerate([["reasoning"] * 3, [None, "both", "embedding"], [None] * 3, ["both"] * 3]):
-        for batch in (fixed, eager):
-            batch.graph.set_routes(routes)
-        assert torch.equal(fixed.step(tokens(rows, step)), eager.step(tokens(rows, step))), routes
-    before = eager.step(tokens(rows, 4))
-    fixed.step(tokens(rows, 4))
-    with torch.no_grad():
-        for name, parameter in base.model.named_parameters():
-            if "lora_B" in name:
-                parameter.mul_(-1.5)
-    eager.graph.rewind(18)
-    fixed.graph.rewind(18)
-    after = fixed.step(tokens(rows, 4))
-    assert torch.equal(after, eager.step(tokens(rows, 4))) and not torch.equal(after, before)
-    assert len(made) == 1, "one recording served every step"
-
-
-def test_a_recording_for_each_bucket(monkeypatch):
-    base = backbone("llama")
-    fixed, eager = (Fixed(base, "llama", 5, "reasoning", room=10) for _ in range(2))
-    recorded(fixed, monkeypatch)
-    kept = {2: [1, 3], 4: [1]}
-    assert torch.equal(run(fixed, 5, 7, kept), run(eager, 5, 7, kept))
-    assert fixed.graph.captured == [(8, 16), (8, 24), (2, 24), (1, 24)]
-
-
-def test_recordings_of_outgrown_buffers_are_dropped(monkeypatch):
-    base = backbone("llama")
-    fixed, eager = (Fixed(base, "llama", 2, "reasoning") for _ in range(2))
-    recorded(fixed, monkeypatch)
-    for seed, steps in ((0, BLOCK), (1, 2)):
-        prompt, cache = read(base, "llama", 2, seed)
-        for batch in (fixed, eager):
-            batch.graph.load(cache, prompt.mask, prompt.next_position)
-        assert torch.equal(run(fixed, 2, steps), run(eager, 2, steps))
-        assert fixed.graph.capacity > 16
-
-
-def test_replaced_weights_are_captured_anew(monkeypatch):
-    base = backbone("llama")
-    fixed = Fixed(base, "llama", 2, "reasoning")
-    recorded(fixed, monkeypatch)
-    prompt, cache = read(base, "llama", 2)
-
-    def again():
-        fixed.graph.load(cache, prompt.mask, prompt.next_position)
-        return fixed.step(tokens(2, 0))
-
-    first = again()
-    held = fixed.graph._steps.keys
-    assert torch.equal(again(), first) and fixed.graph._steps.keys == held != []
-    layer = base.decoder.layers[0].mlp.down_proj
-    layer.weight = torch.nn.Parameter(layer.weight.detach() * 2)
-    doubled = again()
-    assert not torch.equal(doubled, first)
-    layer.scaling["reasoning"] = 3.0
-    assert not torch.equal(again(), doubled), "a scaling is baked in, so it must be captured anew too"
-
-
-def test_a_step_that_cannot_be_captured_says_so_and_runs(monkeypatch):
-    base = backbone("llama")
-    fixed, eager = (Fixed(base, "llama", 2, "reasoning") for _ in range(2))
-    recorded(fixed, monkeypatch)
-    plain = type(base.decoder.norm).forward
-
-    def asks_the_host(self, hidden):
-        return plain(self, hidden) * (1.0 if float(hidden.abs().max()) >= 0 else 2.0)
-
-    monkeypatch.setattr(type(base.decoder.norm), "forward", asks_the_host)
-    with pytest.warns(TWNWarning, match="capturing a step failed: .*wait for each other.* run eagerly from here on"):
-        got = fixed.step(tokens(2, 0))
-    assert torch.equal(got, eager.step(tokens(2, 0)))
-    assert not fixed.graph.capture and "wait for each other" in fixed.graph.failure
-    assert torch.equal(fixed.step(tokens(2, 1)), eager.step(tokens(2, 1)))
-    demanding = CapturedSteps(True, demanded=True)
-    with pytest.raises(ImplUnavailable, match="capturing a step failed: .*Decode without a graph: capture=None"):
-        demanding.run("key", lambda: float(torch.ones(1)), [torch.zeros(1)])
-
-
-def test_only_so_many_graphs_are_kept():
-    steps = CapturedSteps(True)
-    steps.capture = lambda step, counters: record(step)
-    out = torch.zeros(1)
-    for key in range(70):
-        steps.run(key, lambda: out.add_(1), [out])
-    assert steps.keys == list(range(6, 70))
-    steps.forget()
-    assert steps.keys == []
 
 
 def test_buffers_of_inference_mode_serve_outside_of_it():
