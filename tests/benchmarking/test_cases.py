@@ -2,7 +2,7 @@
 
 import pytest
 
-from twn_kernels.benchmarking.cases import GROUPS, MODELS, Case, check_case
+from twn_kernels.benchmarking.cases import GROUPS, MLP, MODELS, Case, check_case
 from twn_kernels.benchmarking.results import PASSES, ROUTES, SUITES
 from twn_kernels.benchmarking.suites import cases
 from twn_kernels.errors import OptionError
@@ -118,9 +118,9 @@ def test_the_full_scale_has_the_ranks_and_sizes_that_matter():
 
 
 def test_the_full_scale_begins_with_what_the_targets_ask_for():
-    first = cases("full")[:40]
+    first = cases("full")[:48]
     overheads = {(c.model, c.pass_, c.site) for c in first if c.suite == "group" and c.ranks == (64, 64)}
-    assert overheads >= {(m, p, s) for m in ("8B", "4B") for p in ("forward", "decode") for s in GROUPS}
+    assert overheads >= {(m, p, s) for m in ("8B", "4B") for p in ("forward", "decode") for s in (*GROUPS, MLP)}
     assert {(c.model, c.pass_) for c in first if c.suite == "model"} == {
         (m, p) for m in ("8B", "4B") for p in ("forward", "decode")
     }

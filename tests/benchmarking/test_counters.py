@@ -103,6 +103,20 @@ def test_the_plain_base_is_counted_without_adapters():
     assert case_work(case).flops / base.flops == pytest.approx(1 + 64 * (3 * 4096 + 6144) / (4096 * 6144))
 
 
+def test_an_mlp_is_its_groups_without_what_lies_between():
+    # tiny: hidden 64, intermediate 96; 4 tokens, two under each adapter of rank 2. x and y 4*64, norm 64, weights
+    # 3*64*96, adapters 2*(2*64 + 192) + 2*(96 + 64) each; 4 bytes an element, one byte of route a token.
+    case = Case("group", "forward", "tiny", 4, "half", (2, 2), "fp32", site="mlp")
+    adapter = 2 * (2 * 64 + 192) + 2 * (96 + 64)
+    elements = 2 * 4 * 64 + 64 + 3 * 64 * 96 + 2 * adapter
+    assert case_work(case) == Work(4 * elements + 4, 2 * 4 * 3 * 64 * 96 + 2 * 4 * adapter)
+    base = 2 * 4 * 64 + 64 + 3 * 64 * 96
+    assert case_work(case, base_only=True) == Work(4 * base, 2 * 4 * 3 * 64 * 96)
+    # Backward: dy and x read, dx written, weights and adapters read, their gradients written.
+    both = case_work(Case("group", "forward_backward", "tiny", 4, "half", (2, 2), "fp32", site="mlp"))
+    assert both.bytes == 4 * (elements + 3 * 4 * 64 + 64 + 3 * 64 * 96 + 4 * adapter) + 4
+
+
 def test_the_roof_is_the_slower_of_memory_and_arithmetic():
     roofs = {"copy_gb_per_s": 4000.0, "matmul_tflops": 800.0}
     assert roof_us(Work(4_000_000, 8), roofs) == pytest.approx(1.0)

@@ -9,9 +9,10 @@ from twn_kernels.benchmarking.results import DTYPES, PASSES, ROUTES, SUITES
 from twn_kernels.errors import OptionError, did_you_mean, quoted
 from twn_kernels.settings import EMBEDDING, MAX_RANK, REASONING, ROUTE_BITS
 
-__all__ = ["GROUPS", "LINEARS", "MODELS", "Case", "ModelShape", "Site", "check_case"]
+__all__ = ["GROUPS", "LINEARS", "MLP", "MODELS", "Case", "ModelShape", "Site", "check_case"]
 
 GROUPS = ("qkv", "o", "gate_up", "down")
+MLP = "mlp"  # gate_up and down in one case, so that an implementation may compute SwiGLU in either, as blocks do
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 _SEQUENCE = 1024  # tokens a row in the prefill of layers and models
@@ -119,9 +120,11 @@ class Case:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The linear or the group, or all four groups of a layer."""
+        """The linear or the group, the two groups of an MLP, or all four groups of a layer."""
         if self.suite == "linear":
             return (self.shape.linear(self.site),)
+        if self.site == MLP:
+            return self.shape.group("gate_up"), self.shape.group("down")
         if self.suite == "group":
             return (self.shape.group(self.site),)
         return tuple(self.shape.group(name) for name in GROUPS)
@@ -192,7 +195,7 @@ def check_case(case: Case) -> Case:
     ):
         if value not in known:
             raise OptionError(f"{name} must be one of {quoted(known)}, got {value!r}.{did_you_mean(value, known)}")
-    sites = {"linear": LINEARS, "group": GROUPS}.get(case.suite)
+    sites = {"linear": LINEARS, "group": (*GROUPS, MLP)}.get(case.suite)
     if sites is None:
         if case.site is not None or not _counts(case.layers) or case.layers > case.shape.layers:
             raise OptionError(

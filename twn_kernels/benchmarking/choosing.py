@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twn_kernels.benchmarking.cases import MLP
 from twn_kernels.benchmarking.digest import Source, arch_of, is_gpu
 from twn_kernels.benchmarking.results import Row as ResultRow
 from twn_kernels.errors import ResultError
@@ -100,7 +101,12 @@ def _measured(rows: Iterable[ResultRow]) -> dict[tuple[str, str], dict[int, dict
     """
     found: dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]] = {}
     for row in rows:
-        if row.suite not in ("linear", "group") or row.pass_ == "forward_backward" or row.routes == "base":
+        if (
+            row.suite not in ("linear", "group")
+            or row.site == MLP
+            or row.pass_ == "forward_backward"
+            or row.routes == "base"
+        ):
             continue
         site = "linear" if row.suite == "linear" else row.site
         medians = found.setdefault((row.dtype, site), {}).setdefault(row.tokens, {}).setdefault(row.case, {})

@@ -41,9 +41,21 @@ def case_work(case: Case, *, base_only: bool = False) -> Work:
         base_only: leave the adapters out, as the plain base does.
     """
     uses = (0, 0) if base_only else case.uses()
-    if case.suite in ("linear", "group"):
-        return site_work(case.sites[0], case.tokens, uses, case.ranks, case.dtype, case.pass_)
-    return _layers_work(case, uses)
+    if case.suite not in ("linear", "group"):
+        return _layers_work(case, uses)
+    parts = [site_work(site, case.tokens, uses, case.ranks, case.dtype, case.pass_) for site in case.sites]
+    total = Work(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+    return total if len(parts) == 1 else _without_between(case, total, uses)
+
+
+def _without_between(case: Case, total: Work, uses: tuple[int, int]) -> Work:
+    """An MLP from its groups: what lies between stays on the chip, routes are read once, the residual is the input."""
+    hidden, inner = case.shape.hidden, case.shape.intermediate
+    shared = 2 * inner + hidden
+    if case.pass_ == "forward_backward":
+        shared += 3 * inner  # its gradient is written and read, and the value itself read again
+    routes = case.tokens if any(0 < rows < case.tokens for rows in uses) else 0
+    return Work(total.bytes - case.tokens * shared * ELEMENT_BYTES[case.dtype] - routes, total.flops)
 
 
 def site_work(

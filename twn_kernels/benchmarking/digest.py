@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from twn_kernels.benchmarking.cases import GROUPS
+from twn_kernels.benchmarking.cases import GROUPS, MLP
 from twn_kernels.benchmarking.results import Row, Run
 from twn_kernels.errors import ResultError
 
@@ -182,9 +182,12 @@ def _order(case: Row) -> tuple:
 class LayerSum:
     """The four site groups of one decoder layer, added up: what its linears cost.
 
+    Where the run holds ``mlp``, it stands for ``gate_up`` and ``down``: there an implementation computes SwiGLU in
+    whichever of the two a patched block would.
+
     Attributes:
         contests: of ``qkv``, ``o``, ``gate_up`` and ``down``, all of one run.
-        medians: microseconds by contender, for those that were timed in all four.
+        medians: microseconds by contender, for those that were timed in all of them.
     """
 
     contests: tuple[Contest, ...]
@@ -239,10 +242,15 @@ def _layer_sums(contests: Sequence[Contest]) -> dict[tuple, LayerSum]:
             problem = (case.pass_, case.model, case.tokens, case.context, case.routes, case.ranks, case.dtype)
             sets.setdefault(problem, {})[case.site] = contest
     complete = {problem: sites for problem, sites in sets.items() if set(sites) >= set(GROUPS)}
-    return {problem: _sum([sites[name] for name in GROUPS]) for problem, sites in complete.items()}
+    return {problem: _sum(sites) for problem, sites in complete.items()}
 
 
-def _sum(contests: list[Contest]) -> LayerSum:
-    times = [{row.contender: row.time_us.median for row in c.rows if row.time_us is not None} for c in contests]
-    everywhere = [name for name in times[0] if all(name in each for each in times)]
-    return LayerSum(tuple(contests), {name: sum(each[name] for each in times) for name in everywhere})
+def _sum(sites: dict[str, Contest]) -> LayerSum:
+    times = {
+        name: {row.contender: row.time_us.median for row in contest.rows if row.time_us is not None}
+        for name, contest in sites.items()
+    }
+    everywhere = [name for name in times["qkv"] if all(name in each for each in times.values())]
+    parts = ("qkv", "o", MLP) if MLP in sites else GROUPS
+    medians = {name: sum(times[part][name] for part in parts) for name in everywhere}
+    return LayerSum(tuple(sites[name] for name in GROUPS), medians)

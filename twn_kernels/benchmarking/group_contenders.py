@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twn_kernels.benchmarking.cases import Site
 from twn_kernels.benchmarking.contender import Built, Contender, Unavailable
 from twn_kernels.benchmarking.peft_contenders import PEFT_CONTENDERS
 from twn_kernels.benchmarking.problem import NORM_EPS, Inputs, Problem
@@ -49,58 +51,73 @@ def _ours(impl: str, *, base_only: bool = False):
         if reason is not None:
             raise Unavailable(" ".join(reason.split()))
         used = [] if base_only else problem.used
-        taken = _resolved(problem, impl)
-        runs = [_OpCall(problem, inputs, impl, taken, base_only) for inputs in problem.sets]
+        runs = [_OpCalls(problem, inputs, impl, base_only) for inputs in problem.sets]
         calls = [differentiated(problem, i, run, used) for i, run in zip(problem.sets, runs, strict=True)]
-        return Built(calls, taken, runs[0].added_bytes)
+        taken = "+".join(dict.fromkeys(group.taken for group in runs[0].groups))
+        return Built(calls, taken, sum(group.added_bytes for group in runs[0].groups))
 
     return build
 
 
-class _OpCall:
-    """One call of the public op on one set of inputs, as a patched model makes it: ``blas`` on packed weights."""
+class _OpCalls:
+    """The public op on one set of inputs, as a patched model calls it.
 
-    def __init__(self, problem: Problem, inputs: Inputs, impl: str, taken: str, base_only: bool) -> None:
+    Of an MLP, the implementation of ``gate_up`` decides where SwiGLU is computed: ``blas`` leaves it to ``down``.
+    """
+
+    def __init__(self, problem: Problem, inputs: Inputs, impl: str, base_only: bool) -> None:
         self.problem, self.inputs, self.impl, self.base_only = problem, inputs, impl, base_only
-        loras = [(None, None) if base_only else pair for pair in inputs.loras]
-        self.projections = [Projection(w, None, *pair) for w, pair in zip(inputs.weights, loras, strict=True)]
-        self.added_bytes = 0 if base_only else _adapter_bytes(inputs)
-        self.packed, self.last = None, ()
-        if taken == "blas" and problem.case.suite == "group" and problem.case.pass_ != "forward_backward":
-            members = [_member(weight, pair) for weight, pair in _layers(inputs)]
-            self.packed = PackedGroup(members)
-            self.added_bytes += self.packed.added_bytes
-            self.projections = [
-                Projection(member.weight, None, *(None if base_only else lora for lora in pair))
-                for member, (_, pair) in zip(members, _layers(inputs), strict=True)
-            ]
+        parts = [inputs] if inputs.then is None else [inputs, inputs.then]
+        self.groups = [
+            _Group(problem, site, part, impl, base_only) for site, part in zip(problem.case.sites, parts, strict=True)
+        ]
 
     def __call__(self) -> Tensor:
         inputs, plan = self.inputs, self.problem.plan
         if self.problem.case.suite == "linear":
             plan = RoutePlan(plan.routes, 0, True) if self.base_only else plan
-            return dual_lora_linear(inputs.x, *self.projections[0], plan, impl=self.impl)
-        site = self.problem.site
-        (y,) = dual_lora_group(
-            inputs.x,
-            self.projections,
-            None if self.base_only else plan,
-            norm=None if inputs.norm is None else Norm(inputs.norm, NORM_EPS),
-            swiglu=site.swiglu,
-            residual=inputs.residual,
-            impl=self.impl,
-            site=site.name,
-            packed=self._panels(),
-            split=False,
-        )
+            return dual_lora_linear(inputs.x, *self.groups[0].projections[0], plan, impl=self.impl)
+        plan = None if self.base_only else plan
+        norm = None if inputs.norm is None else Norm(inputs.norm, NORM_EPS)
+        if len(self.groups) == 1:
+            swiglu = self.problem.site.swiglu
+            return self.groups[0](inputs.x, plan, norm=norm, swiglu=swiglu, residual=inputs.residual)
+        gate_up, down = self.groups
+        gated = gate_up.taken == "blas"
+        between = gate_up(inputs.x, plan, norm=norm, swiglu=not gated)
+        return down(between, plan, gated=gated, residual=inputs.x)
+
+
+class _Group:
+    """One site group: ``blas`` multiplies packed weights, as in a patched model."""
+
+    def __init__(self, problem: Problem, site: Site, inputs: Inputs, impl: str, base_only: bool) -> None:
+        self.site, self.impl, self.is_prefill = site, impl, problem.case.pass_ == "forward"
+        where = site.name if problem.case.suite == "group" else None
+        tokens = problem.case.tokens
+        self.taken = choice.resolve(impl, problem.device, problem.dtype, site=where, tokens=tokens)
+        loras = [(None, None) if base_only else pair for pair in inputs.loras]
+        weights = list(inputs.weights)
+        self.added_bytes = 0 if base_only else _adapter_bytes(inputs.loras)
+        self.packed, self.last = None, ()
+        if self.taken == "blas" and where is not None and problem.case.pass_ != "forward_backward":
+            members = [_member(weight, pair) for weight, pair in _layers(inputs)]
+            self.packed = PackedGroup(members)
+            self.added_bytes += self.packed.added_bytes
+            weights = [member.weight for member in members]
+        self.projections = [Projection(w, None, *pair) for w, pair in zip(weights, loras, strict=True)]
+
+    def __call__(self, x: Tensor, plan: RoutePlan | None, **more) -> Tensor:
+        packed, name = self._panels(x), self.site.name
+        (y,) = dual_lora_group(x, self.projections, plan, impl=self.impl, site=name, packed=packed, split=False, **more)
         return y
 
-    def _panels(self) -> tuple[Tensor, ...]:
+    def _panels(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.packed is None:
             return ()
         # Under capture panels() adds an update of the packed adapters, as decode graphs of the product have it. A
         # prefill is captured here only to be timed without launches, and the product's has no such update.
-        if self.last and self.problem.case.pass_ == "forward" and _is_capturing(self.inputs.x):
+        if self.last and self.is_prefill and _is_capturing(x):
             return self.last
         self.last = self.packed.panels()
         return self.last
@@ -118,13 +135,8 @@ def _member(weight: Tensor, pair: tuple[LoRA, LoRA]) -> nn.Module:
     return DualLoRALinear.adopt(linear, adapters, RouteState(UniformSpec(0)))
 
 
-def _resolved(problem: Problem, impl: str) -> str:
-    site = problem.site.name if problem.case.suite == "group" else None
-    return choice.resolve(impl, problem.device, problem.dtype, site=site, tokens=problem.case.tokens)
-
-
-def _adapter_bytes(inputs: Inputs) -> int:
-    return sum(lora.A.nbytes + lora.B.nbytes for pair in inputs.loras for lora in pair)
+def _adapter_bytes(loras: list[tuple[LoRA, LoRA]]) -> int:
+    return sum(lora.A.nbytes + lora.B.nbytes for pair in loras for lora in pair)
 
 
 def _plain(problem: Problem) -> Built:
@@ -146,8 +158,12 @@ def _merged(problem: Problem) -> Built:
         rows = {bits: slice(int(index[0]), int(index[-1]) + 1) for bits, index in rows.items()}
     calls, added = [], 0
     for inputs in problem.sets:
-        copies = {bits: torch.cat([_merged_weight(*layer, bits) for layer in _layers(inputs)]) for bits in kinds}
-        added = sum(weight.nbytes for bits, weight in copies.items() if bits)
+        stages = [inputs] if inputs.then is None else [inputs, inputs.then]
+        copies = {
+            bits: [torch.cat([_merged_weight(*layer, bits) for layer in _layers(stage)]) for stage in stages]
+            for bits in kinds
+        }
+        added = sum(weight.nbytes for bits, weights in copies.items() if bits for weight in weights)
         parts = [(rows[bits], copies[bits]) for bits in kinds]
         calls.append(differentiated(problem, inputs, functools.partial(_run_merged, problem, inputs, parts), []))
     return Built(calls, None, added)
@@ -155,20 +171,21 @@ def _merged(problem: Problem) -> Built:
 
 def _run_merged(problem: Problem, inputs: Inputs, parts: list) -> Tensor:
     """One product for each part, into its rows of the output where these lie together."""
-    y = inputs.x.new_empty(inputs.x.shape[0], problem.site.width)
-    for index, weight in parts:
+    y = inputs.x.new_empty(inputs.x.shape[0], problem.width)
+    for index, weights in parts:
         out = y[index] if isinstance(index, slice) else None
         x = inputs.x[index]
         x = x if inputs.norm is None else rms_norm(x, inputs.norm)
+        residual = inputs.residual if inputs.then is None else inputs.x
         if problem.site.swiglu:
-            gate, up = F.linear(x, weight).chunk(2, dim=1)
-            result = torch.mul(F.silu(gate), up, out=out)
-        elif inputs.residual is not None:
-            result = torch.addmm(inputs.residual[index], x, weight.t(), out=out)
-        else:
-            result = torch.mm(x, weight.t(), out=out)
+            gate, up = F.linear(x, weights[0]).chunk(2, dim=1)
+            x = torch.mul(F.silu(gate), up, out=out if inputs.then is None else None)
+        if residual is not None:
+            x = torch.addmm(residual[index], x, weights[-1].t(), out=out)
+        elif not problem.site.swiglu:
+            x = torch.mm(x, weights[0].t(), out=out)
         if out is None:
-            y[index] = result
+            y[index] = x
     return y
 
 
@@ -199,10 +216,23 @@ def _separate(side_stream: bool):
                 raise Unavailable("The side stream is a form for inference; autograd orders a backward by itself.")
             return _separate_training(problem)
         stream = torch.cuda.Stream(problem.device) if side_stream else None
-        calls = [differentiated(problem, i, _SeparateProducts(problem, i, stream), []) for i in problem.sets]
-        return Built(calls, None, _adapter_bytes(problem.sets[0]))
+        calls = [differentiated(problem, i, _SeparateChain(problem, i, stream), []) for i in problem.sets]
+        return Built(calls, None, _adapter_bytes(problem.sets[0].all_loras))
 
     return build
+
+
+class _SeparateChain:
+    """The separate products of a site group, or of both groups of an MLP."""
+
+    def __init__(self, problem: Problem, inputs: Inputs, stream) -> None:
+        self.inputs, sites = inputs, problem.case.sites
+        self.first = _SeparateProducts(problem, sites[0], inputs, stream)
+        self.second = None if inputs.then is None else _SeparateProducts(problem, sites[1], inputs.then, stream)
+
+    def __call__(self) -> Tensor:
+        y = self.first(self.inputs.x, self.inputs.residual)
+        return y if self.second is None else self.second(y, self.inputs.x)
 
 
 class _SeparateProducts:
@@ -212,8 +242,8 @@ class _SeparateProducts:
     together. Weights and adapters are concatenated beforehand, as serving engines do.
     """
 
-    def __init__(self, problem: Problem, inputs: Inputs, stream) -> None:
-        self.inputs, self.site, self.stream = inputs, problem.site, stream
+    def __init__(self, problem: Problem, site: Site, inputs: Inputs, stream) -> None:
+        self.inputs, self.site, self.stream = inputs, site, stream
         self.weight = torch.cat(inputs.weights) if len(inputs.weights) > 1 else inputs.weights[0]
         self.ranks, segments = problem.case.ranks, problem.case.segments()
         self.used = problem.used
@@ -226,18 +256,17 @@ class _SeparateProducts:
             self.scales = [(masks[a].to(inputs.x.dtype) * self.scalings[a])[:, None] for a in (0, 1)]
             self.B = [torch.cat([pair[a].B for a in self.used], dim=1) for pair in inputs.loras]
 
-    def __call__(self) -> Tensor:
-        inputs = self.inputs
-        x = inputs.x if inputs.norm is None else rms_norm(inputs.x, inputs.norm)
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        x = x if self.inputs.norm is None else rms_norm(x, self.inputs.norm)
         if self.stream is None:
-            y = self._base(x)
+            y = self._base(x, residual)
             low = self._shrink(x, self._low_buffers(x))
         else:
             low = self._low_buffers(x)  # on the main stream: memory of a side stream may be reused under a graph
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self._shrink(x, low)
-            y = self._base(x)
+            y = self._base(x, residual)
             torch.cuda.current_stream().wait_stream(self.stream)
         self._expand(y, low)
         if self.site.swiglu:
@@ -245,9 +274,8 @@ class _SeparateProducts:
             return F.silu(gate) * up
         return y
 
-    def _base(self, x: Tensor) -> Tensor:
+    def _base(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The base product; the vendor GEMM adds the residual for nothing."""
-        residual = self.inputs.residual
         return F.linear(x, self.weight) if residual is None else torch.addmm(residual, x, self.weight.t())
 
     def _low_buffers(self, x: Tensor) -> list[Tensor]:
@@ -305,17 +333,19 @@ def _separate_training(problem: Problem) -> Built:
     def run(inputs: Inputs) -> Tensor:
         x = inputs.x if inputs.norm is None else rms_norm(inputs.x, inputs.norm)
         outputs = []
-        for weight, pair in zip(inputs.weights, inputs.loras, strict=True):
+        for weight, pair in _layers(inputs):
             y = F.linear(x, weight)
             for adapter in problem.used:
                 low = (x @ pair[adapter].A.t()) * (masks[adapter].to(x.dtype) * pair[adapter].scaling)[:, None]
                 y = torch.addmm(y, low, pair[adapter].B.t())
             outputs.append(y)
-        y = F.silu(outputs[0]) * outputs[1] if problem.site.swiglu else torch.cat(outputs, dim=1)
+        y = F.silu(outputs[0]) * outputs[1] if len(outputs) == 2 else torch.cat(outputs, dim=1)
+        if inputs.then is not None:
+            return run(replace(inputs.then, x=y, residual=inputs.x))
         return y if inputs.residual is None else inputs.residual + y
 
     calls = [differentiated(problem, i, lambda i=i: run(i), problem.used) for i in problem.sets]
-    return Built(calls, None, _adapter_bytes(problem.sets[0]))
+    return Built(calls, None, _adapter_bytes(problem.sets[0].all_loras))
 
 
 GROUP_CONTENDERS: dict[str, Contender] = {

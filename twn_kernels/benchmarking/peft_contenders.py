@@ -143,21 +143,23 @@ def check_mixed(case: Case) -> list[str | None]:
 
 
 class _Site(nn.Module):
-    """A site group as transformers writes it: norm, linears, SwiGLU or residual."""
+    """A site group as transformers writes it: norm, linears, SwiGLU or residual; of an MLP, ``down`` behind it."""
 
     def __init__(self, inputs: Inputs, swiglu: bool) -> None:
         super().__init__()
-        self.norm, self.swiglu = inputs.norm, swiglu
+        self.norm, self.swiglu, self.first = inputs.norm, swiglu, len(inputs.weights)
         self.linears = nn.ModuleList()
-        for weight in inputs.weights:
+        for weight in inputs.weights + ([] if inputs.then is None else inputs.then.weights):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
             self.linears.append(linear)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x if self.norm is None else rms_norm(x, self.norm)
-        outputs = [linear(x) for linear in self.linears]
+        outputs = [linear(x) for linear in self.linears[: self.first]]
         y = F.silu(outputs[0]) * outputs[1] if self.swiglu else torch.cat(outputs, dim=-1)
+        for linear in self.linears[self.first :]:
+            y = linear(y)
         return y if residual is None else residual + y
 
 
@@ -171,7 +173,7 @@ def _peft(*, fp32: bool = False, mixed: bool = False, compile_: bool = False):
             torch._dynamo.reset()  # forwards that earlier cases compiled count towards dynamo's limit
         calls, added = [], 0
         for inputs in problem.sets:
-            loras = {f"linears.{index}": pair for index, pair in enumerate(inputs.loras)}
+            loras = {f"linears.{index}": pair for index, pair in enumerate(inputs.all_loras)}
             model = in_peft(_Site(inputs, problem.site.swiglu), loras, fp32=fp32)
             added = peft_bytes(model)
             backend = problem.compile_backend if compile_ else None
@@ -183,7 +185,8 @@ def _peft(*, fp32: bool = False, mixed: bool = False, compile_: bool = False):
 
 
 def _call(problem: Problem, inputs: Inputs, run: Callable[..., Tensor], model: Any) -> Callable:
-    tensors = (inputs.x,) if inputs.residual is None else (inputs.x, inputs.residual)
+    residual = inputs.residual if inputs.then is None else inputs.x
+    tensors = (inputs.x,) if residual is None else (inputs.x, residual)
     if problem.case.pass_ != "forward_backward":
 
         def forward():

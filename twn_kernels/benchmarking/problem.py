@@ -39,6 +39,7 @@ class Inputs:
         loras: of each projection, reasoning and embedding.
         residual: ``[tokens, out_features]`` or None.
         dy: ``[tokens, width]``, the gradient of the output.
+        then: of an MLP, the tensors of ``down``, which reads what this gives and adds ``x``; its own ``x`` is empty.
     """
 
     x: Tensor
@@ -47,14 +48,22 @@ class Inputs:
     loras: list[tuple[LoRA, LoRA]]
     residual: Tensor | None
     dy: Tensor
+    then: Inputs | None = None
+
+    @property
+    def all_loras(self) -> list[tuple[LoRA, LoRA]]:
+        """Of every projection, those of ``then`` last."""
+        return self.loras + ([] if self.then is None else self.then.loras)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that a call reads."""
-        yield from (t for t in (self.x, self.norm, self.residual) if t is not None)
+        yield from (t for t in (self.x, self.norm, self.residual) if t is not None and t.numel())
         yield from self.weights
         for pair in self.loras:
             for lora in pair:
                 yield from (lora.A, lora.B)
+        if self.then is not None:
+            yield from self.then.tensors()
 
 
 @dataclass
@@ -63,7 +72,7 @@ class Problem:
 
     Attributes:
         case: what is measured.
-        site: its shape.
+        site: its shape; of an MLP, that of ``gate_up``.
         device: where.
         sets: equal in shape and unlike in values; calls go round them so that no call finds its data in the cache.
         plan: the routes.
@@ -80,16 +89,21 @@ class Problem:
     @classmethod
     def build(cls, case: Case, device: torch.device, *, cache_bytes: int, compile_backend: str = "inductor") -> Problem:
         """Draw the tensors of a case of suite ``linear`` or ``group``."""
-        (site,) = case.sites
+        site = case.sites[0]
         generator = torch.Generator(device).manual_seed(seed_of(case))
-        first = _draw(case, site, generator)
+        first = _draw(case, case.sites, generator)
         count = rotation(sum(tensor.nbytes for tensor in first.tensors()), cache_bytes)
-        sets = [first, *(_draw(case, site, generator) for _ in range(count - 1))]
+        sets = [first, *(_draw(case, case.sites, generator) for _ in range(count - 1))]
         return cls(case, site, device, sets, plan_of(case, device), compile_backend)
 
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.case.dtype]
+
+    @property
+    def width(self) -> int:
+        """Columns of the output."""
+        return self.case.sites[-1].width
 
     @property
     def used(self) -> list[int]:
@@ -135,13 +149,14 @@ def draw_lora(
     return LoRA(A.to(dtype), B.to(dtype), scaling)
 
 
-def _draw(case: Case, site: Site, generator: torch.Generator) -> Inputs:
-    dtype, tokens, width = DTYPES[case.dtype], case.tokens, site.in_features
+def _draw(case: Case, sites: tuple[Site, ...], generator: torch.Generator, *, is_second: bool = False) -> Inputs:
+    site, dtype, tokens = sites[0], DTYPES[case.dtype], case.tokens
+    width = site.in_features
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator, device=generator.device) * scale).to(dtype)
 
-    x = normal(tokens, width)
+    x = normal(0 if is_second else tokens, width)
     x[:, ::_OUTLIER_EVERY] *= _OUTLIER
     weights = [normal(out, width, scale=width**-0.5) for out in site.out_features]
     loras = [
@@ -156,6 +171,7 @@ def _draw(case: Case, site: Site, generator: torch.Generator) -> Inputs:
         norm=1 + normal(width, scale=0.1) if site.norm else None,
         weights=weights,
         loras=loras,
-        residual=normal(tokens, site.width) if site.residual else None,
-        dy=normal(tokens, site.width),
+        residual=normal(tokens, site.width) if site.residual and not is_second else None,
+        dy=normal(0 if is_second else tokens, sites[-1].width),
+        then=_draw(case, sites[1:], generator, is_second=True) if sites[1:] else None,
     )

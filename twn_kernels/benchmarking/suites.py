@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from twn_kernels.benchmarking.cases import GROUPS, LINEARS, Case, check_case
+from twn_kernels.benchmarking.cases import GROUPS, LINEARS, MLP, Case, check_case
 from twn_kernels.benchmarking.results import SUITES
 from twn_kernels.errors import OptionError, did_you_mean, quoted
 
@@ -42,7 +42,7 @@ def cases(scale: str, suites: Sequence[str] = SUITES, *, layers: int | None = No
 
 
 def _groups(pass_: str, model: str, tokens: Iterable[int], routes: str = "half", **more) -> list[Case]:
-    return [Case("group", pass_, model, t, routes, site=site, **more) for t in tokens for site in GROUPS]
+    return [Case("group", pass_, model, t, routes, site=site, **more) for t in tokens for site in (*GROUPS, MLP)]
 
 
 def _layer(pass_: str, model: str, tokens: int, routes: str = "half", **more) -> Case:
@@ -114,6 +114,8 @@ def _tiny() -> list[Case]:
         group("gate_up", "forward", 16, "suffix", dtype="bf16"),
         group("down", "forward", 16, "base", ranks=(16, 16)),
         group("qkv", "forward_backward", 16, "alternating"),
+        group("mlp", "decode", 2, "half", dtype="bf16"),
+        group("mlp", "forward_backward", 16, "suffix"),
         whole("model", "forward", 16, "half"),
         whole("model", "decode", 2, "reasoning"),
         whole("layer", "forward_backward", 16, "half"),

@@ -7,6 +7,7 @@ shapes fit beside their weights; results are named, so that contenders need not 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ class Truth:
 
     def _in_chunks(self) -> dict[str, Tensor]:
         problem, inputs = self.problem, self.problem.sets[0]
-        columns = 2 * problem.site.in_features + 4 * sum(problem.site.out_features)
+        columns = sum(2 * site.in_features + 4 * sum(site.out_features) for site in problem.case.sites)
         step = max(1, _CHUNK_BYTES // (8 * columns))
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, problem.case.tokens, step):
@@ -77,7 +78,7 @@ def worst_ratio(truth: Truth, results: Mapping[str, Tensor]) -> tuple[float, str
 def leaves_of(inputs: Inputs, used: list[int]) -> dict[str, Tensor]:
     """The tensors that a training step differentiates, by the names of their gradients, requiring grad from now on."""
     leaves = {"dx": inputs.x}
-    for index, pair in enumerate(inputs.loras):
+    for index, pair in enumerate(inputs.all_loras):
         for adapter in used:
             leaves |= {f"dA{adapter}.{index}": pair[adapter].A, f"dB{adapter}.{index}": pair[adapter].B}
     return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
@@ -96,7 +97,7 @@ def site_in_torch(inputs: Inputs, masks: list[Tensor] | None, swiglu: bool) -> T
     Args:
         inputs: in one dtype.
         masks: bool ``[tokens]`` of each adapter; None: base only.
-        swiglu: the output is ``silu(y_0) * y_1``.
+        swiglu: the output is ``silu(y_0) * y_1``. What follows (``inputs.then``) reads it and adds ``inputs.x``.
     """
     x = inputs.x if inputs.norm is None else rms_norm(inputs.x, inputs.norm)
     outputs = []
@@ -107,6 +108,8 @@ def site_in_torch(inputs: Inputs, masks: list[Tensor] | None, swiglu: bool) -> T
             y = y + torch.where(mask[:, None], term, 0.0)
         outputs.append(y)
     y = F.silu(outputs[0]) * outputs[1] if swiglu else torch.cat(outputs, dim=1)
+    if inputs.then is not None:
+        return site_in_torch(replace(inputs.then, x=y, residual=inputs.x), masks, False)
     return y if inputs.residual is None else inputs.residual + y
 
 
@@ -127,4 +130,5 @@ def _cast(inputs: Inputs, dtype: torch.dtype, rows: slice) -> Inputs:
         loras=[tuple(LoRA(cast(lora.A), cast(lora.B), lora.scaling) for lora in pair) for pair in inputs.loras],
         residual=None if inputs.residual is None else cast(inputs.residual[rows]),
         dy=cast(inputs.dy[rows]),
+        then=None if inputs.then is None else _cast(inputs.then, dtype, rows),
     )
