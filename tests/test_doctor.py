@@ -70,8 +70,8 @@ def only_blas(monkeypatch):
 
 
 def _wrong_by(factor: float, real, position: int):
-    def run(*args):
-        out = list(real(*args))
+    def run(*args, **kwargs):
+        out = list(real(*args, **kwargs))
         out[position] = out[position] * factor
         return tuple(out)
 
@@ -97,8 +97,8 @@ def test_a_wrong_number_turns_its_check_red(only_blas, monkeypatch, function, po
 
 
 def _nan_everywhere_where_one_was(real):
-    def run(*args):
-        y, s = real(*args)
+    def run(*args, **kwargs):
+        y, s = real(*args, **kwargs)
         return y + y.sum(0) * 0, s
 
     return run
