@@ -43,8 +43,8 @@ class CapturedSteps:
 
     def forget(self) -> None:
         """Drop all graphs."""
-        if self._graphs and torch.cuda.is_available():
-            torch.cuda.synchronize()  # a replay may be running still
+        if self._graphs and self._stream is not None:
+            torch.cuda.synchronize(self._stream.device)  # a replay may be running still
         self._graphs.clear()
         self._pool = self._stream = None
 

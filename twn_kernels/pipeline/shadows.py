@@ -28,7 +28,7 @@ class Shadows:
         self._groups = [packing for packing in groups if packing is not None]
         # Inference tensors have no version; their groups refresh themselves in every call.
         self._adapters = [B for group in self._groups for B in group.shadowed() if not B.is_inference()]
-        self._edits, self._clean = -1, ()
+        self._edits, self._clean, self._device = -1, (), backbone.device
 
     def refresh(self) -> tuple[bool, ...]:
         """Bring all copies up to date; which of them hold finite values alone. May wait for the device."""
@@ -37,7 +37,7 @@ class Shadows:
             group.panels()
         settling = [group for group in self._groups if group.is_settling]
         if settling:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             for group in settling:
                 group.panels()
         self._clean = tuple(group.is_clean for group in self._groups)
