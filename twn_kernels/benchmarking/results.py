@@ -50,9 +50,11 @@ class Row:
         id: ``<case>-<contender>``; unique in a document.
         case: what all its contenders have in common; rows with one ``case`` were timed together, interleaved.
         suite: ``linear``, ``group``, ``layer`` or ``model``.
-        pass_: ``forward``, ``forward_backward`` or ``decode`` (one step under a CUDA graph); ``"pass"`` in JSON.
+        pass_: ``forward``, ``forward_backward`` or ``decode`` (one step, in a CUDA graph unless the contender is what
+            a library does by itself; ``in_graph`` says); ``"pass"`` in JSON.
         model: size whose shapes these are: ``8B``, ``4B``, ``2B`` or ``tiny``.
-        site: ``qkv``, ``o``, ``gate_up`` or ``down`` (a linear by its own name, such as ``q``); None for whole layers.
+        site: ``qkv``, ``o``, ``gate_up``, ``down``, or ``mlp`` for the last two together (a linear by its own name, such
+            as ``q``); None for whole layers.
         layers: decoder layers that were built, None below the layer suite.
         layers_full: decoder layers that the real model has, None below the layer suite.
         tokens: rows of the input of every linear: batch * sequence in prefill, batch in decode.
@@ -63,7 +65,8 @@ class Row:
         ranks: ``(reasoning, embedding)``.
         dtype: of weights and activations: ``bf16``, ``fp16``, ``fp32``.
         contender: what ran, by its name in the suite.
-        impl: which implementation of this package served it; None for what is not this package.
+        impl: which implementation of this package served it (``+`` between them where sites of the case differ); None
+            for what is not this package.
         is_baseline: True for what a user would run instead of this package.
         correct: held to the oracle against fp64 truth; None where it did not run at all.
         error_ratio: its largest error over the oracle's budget; at most 1 where ``correct``. None where not measured.
