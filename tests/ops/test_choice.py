@@ -249,6 +249,17 @@ def test_names_and_the_environment_override_the_table(gpu, monkeypatch):
     assert choice.resolve("auto", CUDA, BF16, **at) == "triton"
 
 
+def test_only_what_was_asked_for_or_measured_is_deliberate(gpu, monkeypatch):
+    """The vendor GEMM borrows a Triton kernel only then: unmeasured, the default is torch's own operations alone."""
+    gpu(ROW)
+    assert choice.is_deliberate("auto", CUDA, BF16, site="qkv", tokens=20)
+    assert not choice.is_deliberate("auto", CUDA, BF16, site="qkv", tokens=10**6)
+    assert not choice.is_deliberate("auto", CUDA, BF16, site="o", tokens=20)
+    assert choice.is_deliberate("blas", CUDA, BF16, site="o", tokens=20)
+    monkeypatch.setenv("TWN_IMPL", "blas")
+    assert choice.is_deliberate("auto", CUDA, BF16, site="o", tokens=20)
+
+
 def test_an_unknown_site_is_named():
     with pytest.raises(
         OptionError, match='site must be None or one of "qkv", .* got \'gateup\'. Did you mean "gate_up"'

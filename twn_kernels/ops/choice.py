@@ -99,6 +99,13 @@ def explain(
     return Choice(_auto(device, dtype, site, tokens), reason)
 
 
+def is_deliberate(impl: str, device: torch.device, dtype: torch.dtype, *, site: str | None, tokens: int) -> bool:
+    """Whether what serves a call was asked for or measured, rather than taken for want of either."""
+    if impl != "auto" or impl_override() not in (None, "auto"):
+        return True
+    return device.type == "cuda" and dtype != torch.float64 and _row(device, dtype, site, tokens) is not None
+
+
 def unavailable_reason(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str | None:
     """Why ``impl`` cannot run on ``device``, as a sentence with the fix; None when it can."""
     device = torch.device(device)
@@ -180,9 +187,15 @@ def _auto(device: torch.device, dtype: torch.dtype, site: str | None, tokens: in
         return "reference"
     if device.type != "cuda" or tokens is None:
         return DEFAULT
+    row = _row(device, dtype, site, tokens)
+    return DEFAULT if row is None else row.impl
+
+
+def _row(device: torch.device, dtype: torch.dtype, site: str | None, tokens: int) -> Row | None:
+    """The row of the table that serves a call on a GPU."""
     starts, rows = _usable(device, dtype, site or _LINEAR)
     at = bisect.bisect_right(starts, tokens) - 1
-    return rows[at].impl if at >= 0 and tokens <= rows[at].max_tokens else DEFAULT
+    return rows[at] if at >= 0 and tokens <= rows[at].max_tokens else None
 
 
 @functools.cache

@@ -7,6 +7,7 @@ stands before and after them (norm or gate, SwiGLU, residual), where nothing has
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -74,11 +75,11 @@ def _plain_eager(args) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors_of(args))
 
 
-def _implementation(impl: str, x: Tensor, site: str | None):
+def _implementation(impl: str, x: Tensor, site: str | None) -> tuple[str, ModuleType]:
     # Here and not where the op is called: a traced call must not look at its token count.
     if impl == "auto":
         impl = choice.resolve(impl, x.device, x.dtype, site=site, tokens=x.shape[0])
-    return choice.load(impl)
+    return impl, choice.load(impl)
 
 
 def _routes(module, routes: Tensor | None, present: int, is_uniform: bool) -> Tensor | None:
@@ -87,29 +88,38 @@ def _routes(module, routes: Tensor | None, present: int, is_uniform: bool) -> Te
     return None if known else routes
 
 
+def _lent(asked: str, x: Tensor, site: str | None) -> dict:
+    """The fused producer that Triton lends to the vendor GEMM; it is no default before it was measured."""
+    if x.device.type != "cuda" or not _has_producer(x.device, x.dtype):
+        return {}
+    if not choice.is_deliberate(asked, x.device, x.dtype, site=site, tokens=x.shape[0]):
+        return {}
+    return {"produce": choice.load("triton").produce_}
+
+
 @functools.cache
-def _producer(impl: str, device_type: str):
-    """The fused producer that another implementation lends to the vendor GEMM; None where it cannot run."""
-    if impl != "blas" or device_type != "cuda" or choice.unavailable_reason("triton", "cuda") is not None:
-        return None
-    return choice.load("triton").produce_
+def _has_producer(device: torch.device, dtype: torch.dtype) -> bool:
+    return choice.unavailable_reason("triton", device, dtype) is None
 
 
-def _run(x, norm_weight, eps, gated, swiglu, residual, layers) -> tuple[Tensor, Tensor]:
-    weights, biases, *adapters, routes, present, is_uniform, packed, impl, site = layers
+def _run(x, norm_weight, eps, gated, swiglu, residual, layers, **options) -> tuple[Tensor, Tensor]:
+    weights, biases, *adapters, routes, present, is_uniform, packed, asked, site = layers
     # Autograd gives gradients to lists of tensors alone, so an absent bias travels as an empty one.
     biases = [bias if bias.numel() else None for bias in biases]
-    module = _implementation(impl, x, site)
+    impl, module = _implementation(asked, x, site)
+    if impl != "blas":
+        options = {}  # the vendor GEMM alone knows packed weights and borrows a producer
+    else:
+        options |= {"packed": packed} | _lent(asked, x, site)
     routes = _routes(module, routes, present, is_uniform)
-    produce = _producer(module.__name__.rsplit(".", 1)[-1], x.device.type)
     with without_autocast(x.device):
         return module.group(
-            x, norm_weight, eps, gated, weights, biases, *adapters, routes, present, swiglu, residual, packed, produce
+            x, norm_weight, eps, gated, weights, biases, *adapters, routes, present, swiglu, residual, **options
         )
 
 
 def _inference(x, norm_weight, eps, gated, swiglu, residual, *layers) -> Tensor:
-    return _run(x, norm_weight, eps, gated, swiglu, residual, layers)[0]
+    return _run(x, norm_weight, eps, gated, swiglu, residual, layers, needs_s=False)[0]
 
 
 def _forward(x, *layers) -> tuple[Tensor, Tensor]:
@@ -119,7 +129,7 @@ def _forward(x, *layers) -> tuple[Tensor, Tensor]:
 def _backward(
     dy, x, weights, A_r, B_r, A_e, B_e, scaling_r, scaling_e, s, routes, present, is_uniform, needs, impl, site
 ) -> list[Tensor]:
-    module = _implementation(impl, x, site)
+    _, module = _implementation(impl, x, site)
     with without_autocast(x.device):
         dx, *lists = module.group_backward(
             dy, x, weights, A_r, B_r, A_e, B_e, scaling_r, scaling_e, s, _routes(module, routes, present, is_uniform),

@@ -84,7 +84,7 @@ class GroupInputs:
         return (
             self.x, self.norm_weight, EPS, p.front == "gated", self.weights, self.biases, self.A_r, self.B_r, self.A_e,
             self.B_e, list(SCALING_R[:count]), list(SCALING_E[:count]), self.routes, p.present, p.swiglu,
-            self.residual, [], None,
+            self.residual,
         )  # fmt: skip
 
 

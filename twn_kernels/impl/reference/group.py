@@ -15,7 +15,7 @@ from twn_kernels.impl.reference.dual_lora import _accumulator, _base, _expand, _
 
 def group(
     x, norm_weight, eps, gated, weights, biases, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present,
-    swiglu, residual, packed=(), produce=None,
+    swiglu, residual,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``y [tokens, sum of out_features]`` (or ``[tokens, out_features]``) and ``s [tokens, sum of ranks]``."""
     x = _input(x, norm_weight, eps, gated)

@@ -55,12 +55,11 @@ class _Operands(NamedTuple):
 
 def group(
     x, norm_weight, eps, gated, weights, biases, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present,
-    swiglu, residual, packed=(), produce=None,
+    swiglu, residual,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``y [tokens, sum of out_features]`` (or ``[tokens, out_features]``) and ``s [tokens, sum of ranks]``.
 
-    See ``impl.reference`` for the contract; ``packed`` and ``produce`` belong to other implementations. ``routes`` may
-    be None: every row uses what is in ``present``.
+    See ``impl.reference`` for the contract. ``routes`` may be None: every row uses what is in ``present``.
     """
     tokens, features = x.shape[0], weights[0].shape[1]
     ranks = [a.shape[0] for a in chain.from_iterable(zip(A_r, A_e, strict=True))]
