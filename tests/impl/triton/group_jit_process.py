@@ -47,18 +47,22 @@ def main(arch: int) -> None:
     call(group_product, 300, (81, 81), torch.float16, fp32, swiglu=True, front="norm")
     call(group_product, 40, (1,), fp32, fp32, residual=True, present=1, front="gated")
     call(group_product, 7, (16, 16), bf16, bf16, present=0)
+    ones = {"features": 1, "ranks": ((1, 1),) * 3}  # Triton makes constants of sizes and strides of 1
+    call(group_product, 5, (1, 1, 1), bf16, bf16, bias=True, **ones)
+    call(group_product, 5, (1, 1), bf16, bf16, swiglu=True, **ones)
     call(group_product, 0, (16,), bf16, bf16)
 
 
 def call(
-    group_product, tokens, widths, dtype, adapters, *, bias=False, swiglu=False, residual=False, present=3, front=""
-):
-    features, count = 96, len(widths)
+    group_product, tokens, widths, dtype, adapters, *,
+    bias=False, swiglu=False, residual=False, present=3, front="", features=96, ranks=RANKS,
+) -> None:  # fmt: skip
+    count = len(widths)
 
     def zeros(*shape, dtype=dtype):
         return torch.zeros(*shape, dtype=dtype)
 
-    A = [[zeros(pair[a], features, dtype=adapters) for pair in RANKS[:count]] for a in (0, 1)]
+    A = [[zeros(pair[a], features, dtype=adapters) for pair in ranks[:count]] for a in (0, 1)]
     B = [[zeros(n, len(A[a][i]), dtype=adapters) for i, n in enumerate(widths)] for a in (0, 1)]
     group_product.group(
         zeros(tokens, features * (2 if front == "gated" else 1)), zeros(features) if front == "norm" else None, 1e-6,

@@ -96,6 +96,12 @@ def test_adapters_and_residual_of_any_layout(device):
     check(inputs)
 
 
+def test_rows_that_are_one_row_of_memory_go_by_pointer(device, monkeypatch):
+    inputs = GroupInputs(GroupProblem(70, 72, (40, 24), ((16, 8), (8, 16)), BF16, "mixed"), device)
+    inputs.x = inputs.x[:1].expand(70, 72)
+    assert not _launched(inputs, monkeypatch).descriptors
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tiles of the interpreted architecture")
 @pytest.mark.parametrize("problem", [LARGE, LARGE_SWIGLU], ids=str)
 def test_the_largest_tiles_by_descriptor(problem, device, monkeypatch):
