@@ -236,6 +236,11 @@ def test_peft_states_that_a_block_cannot_stand_for(with_peft, runs):
     model.unmerge_adapter()
     model(**inputs)
     assert runs == BLOCK
+    model.add_adapter("third", model.peft_config["reasoning"])
+    model.base_model.set_adapter("third")
+    with pytest.raises(PatchError, match='adapter "third" is active on layer'):
+        model(**inputs)
+    assert 'adapter "third" is active on layer' in str(status(model))
 
 
 def _odd_subclass(layer):

@@ -58,7 +58,7 @@ class Block:
 
 def call_refusal(x: Tensor) -> str | None:
     """Why nothing may be fused in this call."""
-    if type(x) is not Tensor:
+    if type(x) not in (Tensor, nn.Parameter):
         return f"the hidden states are a {type(x).__name__}"
     if x.dtype == torch.float64:
         return "float64 runs layer by layer, as transformers' norms compute in float32"

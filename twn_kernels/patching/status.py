@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from twn_kernels.checkpoint.names import collapse
-from twn_kernels.errors import ImplUnavailable
-from twn_kernels.modules.site_group import SiteGroup
+from twn_kernels.errors import ImplUnavailable, PatchError
+from twn_kernels.modules.site_group import ReadySite, SiteGroup
 from twn_kernels.ops import LoRA, choice
 from twn_kernels.patching.readiness import CONDITIONS, call_refusal, ready
 from twn_kernels.patching.record import PatchRecord, find_record
@@ -175,7 +175,7 @@ def _sites(record: PatchRecord) -> dict[tuple[str, str], tuple[str, str]]:
     for path, block in record.blocks.items():
         for site in _FUSED_AS:
             like = block.post_attention_layernorm.weight.detach()
-            state = call_refusal(like) or ready(block, site, like)
+            state = _state(block, site, like)
             if isinstance(state, str):
                 found[path, site] = ("linear", f"now {state}")
             else:
@@ -186,6 +186,13 @@ def _sites(record: PatchRecord) -> dict[tuple[str, str], tuple[str, str]]:
         if refused := next((state for state in levels if state[0] == "linear"), None):
             found[path, "gate_up"] = found[path, "down"] = refused
     return found
+
+
+def _state(block: nn.Module, site: str, like: torch.Tensor) -> ReadySite | str:
+    try:
+        return call_refusal(like) or ready(block, site, like)
+    except PatchError as error:  # what a call would raise now, such as a third adapter that PEFT made active
+        return str(error)
 
 
 def _packing_note(group: SiteGroup) -> str:
