@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu import count
 from bench.shapes import SCALES, cases
 from twn_kernels.benchmarking import environment, results, roofs
 from twn_kernels.benchmarking.measure import Options, PreparedCase, contenders_of
@@ -30,8 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--scale", choices=SCALES, default="full" if HAS_GPU else "tiny", help="which shapes")
     group.addoption("--twn-json", default=str(ROOT / ".benchmarks" / "twn.json"), help="where the document goes")
     group.addoption("--contender", action="append", help="only these contenders")
-    group.addoption("--layers", type=int, help="decoder layers that the model suite builds at most")
-    group.addoption("--rounds", type=int, default=40, help="samples of each contender at most")
+    group.addoption("--layers", type=count, help="decoder layers that the model suite builds at most")
+    group.addoption("--rounds", type=count, default=40, help="samples of each contender at most")
     group.addoption("--seconds", type=float, default=4.0, help="for sampling one case")
     group.addoption("--compile-backend", default="inductor", help="of torch.compile, for the compiled baseline")
 

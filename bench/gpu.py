@@ -76,11 +76,11 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--suite", action="append", choices=("linear", "group", "layer", "model"), help="default: all")
     own.add_argument("--only", metavar="TEXT", help="only cases whose id contains this")
     own.add_argument("--contender", action="append", metavar="NAME", help="default: all that a suite has")
-    own.add_argument("--layers", type=int, metavar="N", help="decoder layers that the model suite builds at most")
+    own.add_argument("--layers", type=count, metavar="N", help="decoder layers that the model suite builds at most")
     own.add_argument("--skip", action="append", default=[], choices=STAGES, help="a stage to leave out")
     own.add_argument("--tests", action="append", metavar="PATH", help="what the tests stage collects; default: tests")
-    own.add_argument("--rounds", type=int, default=40, help="samples of each contender at most")
-    own.add_argument("--seconds", type=float, default=4.0, help="for sampling one case")
+    own.add_argument("--rounds", type=count, default=40, help="samples of each contender at most")
+    own.add_argument("--seconds", type=_not_negative, default=4.0, help="for sampling one case")
     own.add_argument("--compile-backend", default="inductor", help="of torch.compile, for the compiled baseline")
     own.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     own.add_argument("--minutes-left", type=float, help=argparse.SUPPRESS)
@@ -124,9 +124,12 @@ def _run(options: argparse.Namespace, device, command: str, deadline: float) -> 
     from twn_kernels.benchmarking import environment, results, roofs, session, suites
     from twn_kernels.benchmarking.journal import Journal
     from twn_kernels.benchmarking.measure import Options, contenders_of
+    from twn_kernels.errors import OptionError
 
     cases = suites.cases(options.scale, options.suite or results.SUITES, layers=options.layers)
     cases = [case for case in cases if options.only is None or options.only in case.id]
+    if not cases:
+        raise OptionError(f"--only {options.only!r} is in the id of no case of this scale and these suites.")
     names = None if options.contender is None else tuple(options.contender)
     how = Options(
         device,
@@ -231,13 +234,27 @@ def _begun(folder: Path) -> int:
 
 
 def _minutes(text: str) -> float:
+    value = _not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _not_negative(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"expected minutes above 0, got {text!r}")
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
     return value
+
+
+def count(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -115,14 +115,16 @@ def test_without_a_gpu_one_sentence_says_so(tmp_path):
 
 
 def test_wrong_options_are_refused_before_anything_runs(tmp_path):
-    for wrong in (["--minutes", "0", "--out", "x"], ["--minutes", "nan", "--out", "x"], ["--minutes", "1"]):
+    right = ["--minutes", "1", "--out", "x"]
+    values = (["--minutes=0"], ["--minutes=nan"], ["--rounds=0"], ["--rounds=1.5"], ["--seconds=-1"], ["--layers=0"])
+    for wrong in (["--minutes", "1"], *(right + value for value in (*values, ["--suite=groups"], ["--scale=huge"]))):
         with pytest.raises(SystemExit) as raised:
             parser().parse_args(wrong)
         assert raised.value.code == 2
     out = str(tmp_path / "run")
     base = ["--minutes", "1", "--out", out, "--scale", "tiny", "--worker"]
     assert main([*base, "--contender", "our_auto"]) == 2
-    assert main([*base, "--layers", "0"]) == 2
+    assert main([*base, "--only", "no such case"]) == 2
     assert not Path(out).exists()
 
 

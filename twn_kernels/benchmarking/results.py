@@ -53,8 +53,8 @@ class Row:
         pass_: ``forward``, ``forward_backward`` or ``decode`` (one step, in a CUDA graph unless the contender is what
             a library does by itself; ``in_graph`` says); ``"pass"`` in JSON.
         model: size whose shapes these are: ``8B``, ``4B``, ``2B`` or ``tiny``.
-        site: ``qkv``, ``o``, ``gate_up``, ``down``, or ``mlp`` for the last two together (a linear by its own name, such
-            as ``q``); None for whole layers.
+        site: ``qkv``, ``o``, ``gate_up``, ``down``, or ``mlp`` for the last two together (a linear by its own name,
+            such as ``q``); None for whole layers.
         layers: decoder layers that were built, None below the layer suite.
         layers_full: decoder layers that the real model has, None below the layer suite.
         tokens: rows of the input of every linear: batch * sequence in prefill, batch in decode.
