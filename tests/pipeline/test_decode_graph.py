@@ -130,6 +130,14 @@ def test_rewinding_repeats_a_step_exactly():
     first = run(fixed, 2, 3)
     fixed.graph.rewind(14)
     assert torch.equal(run(fixed, 2, 3), first)
+    norm = fixed.graph.backbone.decoder.layers[0].input_layernorm.weight
+    kept = norm.detach().clone()
+    for value in (float("nan"), kept):  # three tokens of NaN, forgotten again
+        with torch.no_grad():
+            norm.copy_(torch.as_tensor(value))
+        fixed.graph.rewind(14)
+        again = run(fixed, 2, 3)
+    assert torch.equal(again, first)
     with pytest.raises(OptionError, match=r"length must be in \[0, 17\] \(what the rows hold\), got 18"):
         fixed.graph.rewind(18)
 

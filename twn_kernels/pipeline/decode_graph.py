@@ -252,6 +252,7 @@ class DecodeGraph:
         """
         if not 0 <= length <= self._length:
             raise OptionError(f"length must be in [0, {self._length}] (what the rows hold), got {length}.")
+        self._kv.clear(length, self._length)
         self._kv.column.sub_(self._length - length)
         self._next_position.sub_(self._length - length)
         self._length = length

@@ -68,6 +68,11 @@ class StaticKV:
         for index, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
             into.update(*(tensor[:, :, :length].index_select(0, rows) for tensor in (keys, values)), index)
 
+    def clear(self, first: int, last: int) -> None:
+        """Forget the tokens from ``first`` to before ``last``: where one was NaN, a mask alone would not."""
+        for tensor in (*self._keys, *self._values):
+            tensor[:, :, first:last].zero_()
+
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copy the first ``length`` tokens of the rows ``source`` to the rows ``target``; the two share no row."""
         for tensor in (*self._keys, *self._values):
