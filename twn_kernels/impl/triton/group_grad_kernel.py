@@ -104,8 +104,8 @@ def group_shrink_kernel(
     stride_be = _pick(second, third, stride_be0, stride_be1, stride_be2)
 
     route = tl.load(routes + rows, mask=in_rows, other=0).to(tl.int32) & PRESENT
-    in_rank_r = (r < rank_r) & (any_of((route & 1) != 0) > 0)
-    in_rank_e = (r < rank_e) & (any_of((route & 2) != 0) > 0)
+    in_rank_r = r < tl.where(any_of((route & 1) != 0) > 0, rank_r, 0)
+    in_rank_e = r < tl.where(any_of((route & 2) != 0) > 0, rank_e, 0)
     used_r = any_of(in_rank_r) > 0
     used_e = any_of(in_rank_e) > 0
     steps = tl.cdiv(tl.cdiv(N, BLOCK_K), splits)

@@ -211,9 +211,9 @@ def produce_kernel(
             )
             acc = dot(tile_x.to(tile_a.dtype), tile_a, acc, PRECISION)
             if x_out is not None:
-                mine = (k0 - begin) // BLOCK_K % tiles == tile
+                mine = tl.where((k0 - begin) // BLOCK_K % tiles == tile, end - k0, 0)
                 targets = x_out + rows[:, None] * stride_xom + (k0 + k)[None, :]
-                tl.store(targets, tile_x, mask=in_rows[:, None] & (in_k & mine)[None, :])
+                tl.store(targets, tile_x, mask=in_rows[:, None] & (k < mine)[None, :])
 
     if x_out is not None:
         for k0 in tl.range(tl.where(stop < end, begin + tile * BLOCK_K, end), end, tiles * BLOCK_K):
