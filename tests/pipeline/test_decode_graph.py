@@ -165,8 +165,9 @@ def test_wrong_batches_and_routes():
     base = backbone("llama")
     prompt, cache = read(base, "llama", 2)
     graph = DecodeGraph(base, block=BLOCK)
-    with pytest.raises(ShapeError, match=r"ids must be \[0\], one for each row that is loaded, got \[2\]"):
-        graph.step(tokens(2, 0))
+    for early in (lambda: graph.step(tokens(2, 0)), lambda: graph.rewind(0), lambda: graph.set_routes(None)):
+        with pytest.raises(ShapeError, match=r"no rows are loaded; call load\(...\) first"):
+            early()
     with pytest.raises(ShapeError, match=r"mask must be \[rows, 14\] .* got \[2, 13\] and \[2\]"):
         graph.load(cache, prompt.mask[:, 1:], prompt.next_position)
     with pytest.raises(ShapeError, match=r"layer 0 of the cache holds \[2, 14\] rows and tokens, expected \[1, 14\]"):
@@ -178,6 +179,9 @@ def test_wrong_batches_and_routes():
     graph.load(cache, prompt.mask, prompt.next_position)
     with pytest.raises(ShapeError, match=r"ids must be \[2\], one for each row that is loaded, got \[2, 1\]"):
         graph.step(tokens(2, 0)[:, None])
+    for places in ([1, 1], [2], [-1]):
+        with pytest.raises(ShapeError, match=r"places must be distinct and in \[0, 2\), got"):
+            graph.keep(places)
     graph.release()
     assert graph.bytes == graph.capacity == graph.length == 0
 

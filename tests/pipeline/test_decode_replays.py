@@ -11,6 +11,7 @@ from stepping import BLOCK, Fixed, backbone, read, recorded_capture, run, tokens
 
 from twn_kernels.errors import ImplUnavailable, TWNWarning
 from twn_kernels.modules.site_group import SiteGroup
+from twn_kernels.pipeline import decode_choice
 from twn_kernels.pipeline.captured_steps import CapturedSteps
 from twn_kernels.pipeline.shadows import Shadows
 from twn_kernels.testing.recorded_graph import record
@@ -24,6 +25,7 @@ def recorded(fixed: Fixed, monkeypatch) -> list:
         made.append(recorded_capture(*arguments))
         return made[-1]
 
+    monkeypatch.setattr(decode_choice, "_why_no_device", lambda backbone: None)
     monkeypatch.setattr(CapturedSteps, "capture", capture)
     fixed.graph._steps.active = True
     return made
@@ -136,6 +138,23 @@ def test_packed_adapters_are_refreshed_where_they_were_edited(monkeypatch):
         assert shadows.refresh_if_edited() and shadows._clean.count(False) == 1
         B[0, 0] = 0
         assert shadows.refresh_if_edited() and all(shadows._clean)
+
+
+def test_a_hook_added_later_ends_the_replays(monkeypatch):
+    base = backbone("llama")
+    fixed = Fixed(base, "llama", 2, "reasoning")
+    recorded(fixed, monkeypatch)
+    fixed.step(tokens(2, 0))
+    called = []
+    hook = base.decoder.norm.register_forward_hook(lambda *_: called.append(1))
+    prompt, cache = read(base, "llama", 2)
+    with pytest.warns(TWNWarning, match="a forward hook on LlamaRMSNorm would not run in a replay.* run eagerly"):
+        fixed.graph.load(cache, prompt.mask, prompt.next_position)
+    called.clear()
+    for step in range(2):
+        fixed.step(tokens(2, step))
+    assert len(called) == 2 and not fixed.graph.capture
+    hook.remove()
 
 
 def test_only_so_many_graphs_are_kept():

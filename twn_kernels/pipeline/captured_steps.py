@@ -71,17 +71,29 @@ class CapturedSteps:
             graph = self.capture(step, counters)
         except (RuntimeError, ValueError) as error:  # what a forward may raise when it touches the host
             cause = error.__context__ or error  # ending the broken capture fails too, and says less
-            reason = f"capturing a step failed: {(str(cause).strip().splitlines() or ['no message'])[0]}"
-            if self._demanded:
-                fix = 'Decode without a graph: capture=None, or decode="static" in the embedder.'
-                raise ImplUnavailable(f"{reason.rstrip('.')}. {fix}") from error
-            self.forget()
-            self.active, self.failure = False, reason
-            warnings.warn(f"{reason.rstrip('.')}. Steps run eagerly from here on.", TWNWarning, stacklevel=5)
+            line = (str(cause).strip().splitlines() or ["no message"])[0]
+            self.give_up(f"capturing a step failed: {line.rstrip('.')}.", error)
             return
         if len(self._graphs) >= _KEPT:
             self._graphs.pop(next(iter(self._graphs)))
         self._graphs[key] = graph
+
+    def give_up(self, reason: str, error: Exception | None = None) -> None:
+        """Run eagerly from now on, and say why.
+
+        Args:
+            reason: a sentence.
+            error: what it comes from, where it was one.
+
+        Raises:
+            ImplUnavailable: capture was demanded.
+        """
+        if self._demanded:
+            fix = 'Decode without a graph: capture=None, or decode="static" in the embedder.'
+            raise ImplUnavailable(f"{reason} {fix}") from error
+        self.forget()
+        self.active, self.failure = False, reason
+        warnings.warn(f"{reason} Decode steps run eagerly from here on.", TWNWarning, stacklevel=6)
 
     def capture(self, step: Callable[[], None], counters: Sequence[Tensor]):
         """The step's graph, captured and not yet run."""

@@ -9,7 +9,9 @@ base alone and nobody reads them. Owns buffers, buckets and capture; who thinks,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,7 +61,8 @@ class DecodeGraph:
     Raises:
         ImplUnavailable: the model cannot decode on fixed buffers, or ``capture=True`` and it cannot be captured.
 
-    Graph-safe: every step is the same launches on the same addresses. Synchronises: only while capturing and growing.
+    Graph-safe: every step is the same launches on the same addresses. Synchronises: :meth:`step` only while it captures
+    or grows, or after an adapter that is packed was edited; the other methods may.
 
     Example:
         >>> import torch, twn_kernels
@@ -152,9 +155,14 @@ class DecodeGraph:
         Raises:
             ShapeError: the arguments do not fit one another.
             OptionError: a name that is no route.
+            ImplUnavailable: capture was demanded and the model, as it is now, cannot be captured.
         """
         _check_batch(cache, mask, next_position)
         rows, length = mask.shape
+        bits = _route_list(routes, rows)
+        present = _union(route_bits(name) for name in adapters)
+        if self.capture and (reason := why_not_captured(self.backbone)) is not None:
+            self._steps.give_up(reason)
         self._allocate(cache, row_bucket(rows), column_bucket(length + min(max(room, 1), _HEADROOM), self.block))
         self._rows, self._length, self._slots = row_bucket(rows), length, list(range(rows))
         self._index = None
@@ -165,10 +173,8 @@ class DecodeGraph:
         # Spare rows see all columns: a row that sees none would be NaN.
         self._valid.fill_(True)
         self._valid[:rows, :length].copy_(mask)
-        self._present = 0
-        for name in adapters:
-            self._present |= route_bits(name)
-        self.set_routes(routes)
+        self._routes, self._present = bits, present | _union(bits)
+        self._refresh()
 
     def set_routes(self, routes: str | Sequence[str | None] | None) -> None:
         """Routes of the coming steps, refreshed in place: captured graphs follow them.
@@ -180,13 +186,14 @@ class DecodeGraph:
             OptionError: a name that is no route.
             ShapeError: not one for each row.
         """
-        names = [routes] * len(self._slots) if routes is None or isinstance(routes, str) else list(routes)
-        if len(names) != len(self._slots):
-            raise ShapeError(f"routes must name one for each of {len(self._slots)} rows, got {len(names)}.")
-        self._routes = [route_bits(name) for name in names]
-        for bits in self._routes:
-            self._present |= bits
+        self._require_rows()
+        self._routes = _route_list(routes, len(self._slots))
+        self._present |= _union(self._routes)
         self._refresh()
+
+    def _require_rows(self) -> None:
+        if not self._slots:
+            raise ShapeError("no rows are loaded; call load(...) first.")
 
     def _refresh(self) -> None:
         bits = [0] * self._rows
@@ -211,8 +218,9 @@ class DecodeGraph:
         Raises:
             ShapeError: not one id for each row.
         """
+        self._require_rows()
         count = len(self._slots)
-        if tuple(ids.shape) != (count,) or not count:
+        if tuple(ids.shape) != (count,):
             raise ShapeError(f"ids must be [{count}], one for each row that is loaded, got {list(ids.shape)}.")
         if self._length == self._kv.capacity:
             self._steps.forget()
@@ -250,6 +258,7 @@ class DecodeGraph:
         Raises:
             OptionError: out of range.
         """
+        self._require_rows()
         if not 0 <= length <= self._length:
             raise OptionError(f"length must be in [0, {self._length}] (what the rows hold), got {length}.")
         self._kv.clear(length, self._length)
@@ -258,7 +267,16 @@ class DecodeGraph:
         self._length = length
 
     def keep(self, places: Sequence[int]) -> None:
-        """Go on with some rows alone, by place in the present batch; a batch that halves moves to a smaller bucket."""
+        """Go on with some rows alone; a batch that halves moves to a smaller bucket.
+
+        Args:
+            places: in the present batch, each at most once, in the order that the rows shall have.
+
+        Raises:
+            ShapeError: a place twice, or one that is not there.
+        """
+        if len(set(places)) < len(places) or not set(places) <= set(range(len(self._slots))):
+            raise ShapeError(f"places must be distinct and in [0, {len(self._slots)}), got {list(places)}.")
         self._slots = [self._slots[place] for place in places]
         self._routes = [self._routes[place] for place in places]
         self._index = None
@@ -320,12 +338,7 @@ class DecodeGraph:
         backbone, kv = self.backbone, self._kv
         mask = self._masks(self._valid[:rows, :columns], kv.column, kv.dtype)
         first = self._next_position[:rows]
-        routed = (
-            patching.route(backbone.model, self._plans[rows, self._present])
-            if self._patched
-            else contextlib.nullcontext()
-        )
-        with routed, grouped_attention(backbone.config):
+        with self._routed(rows), grouped_attention(backbone.config):
             vectors = backbone.embeddings(self._ids[:rows, None])
             hidden = backbone.continue_(vectors, mask, first, kv.view(rows, columns))[:, -1]
         self._hidden[:rows].copy_(hidden)
@@ -337,6 +350,17 @@ class DecodeGraph:
         if not self._patched:
             return contextlib.nullcontext()
         return patching.route(self.backbone.model, self._plans[rows, self._present])
+
+
+def _route_list(routes: str | Sequence[str | None] | None, rows: int) -> list[int]:
+    names = [routes] * rows if routes is None or isinstance(routes, str) else list(routes)
+    if len(names) != rows:
+        raise ShapeError(f"routes must name one for each of {rows} rows, got {len(names)}.")
+    return [route_bits(name) for name in names]
+
+
+def _union(bits: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, bits, 0)
 
 
 def _check_batch(cache, mask: Tensor, next_position: Tensor) -> None:
