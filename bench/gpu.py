@@ -196,7 +196,9 @@ def _report(run, path: Path, left) -> None:
     for verdict in verdicts:
         value = "" if verdict.value is None else f"{verdict.value:.2f} {verdict.unit}"
         print(f"{verdict.name:<{width}}  target {verdict.limit:<9}  {value:>12}  {verdict.verdict}")
-    print(f"\ndocument: {path}; to commit it, copy it to bench/results/{session.result_name(run)}")
+    print(f"\ndocument: {path}")
+    if run.environment.get("device_type") == "cuda" and run.environment.get("scale") == "full":
+        print(f"to commit it, copy it to bench/results/{session.result_name(run)}")
 
 
 def _wrong(run) -> list:

@@ -10,6 +10,7 @@ from twn_kernels.benchmarking.contender import Built, Contender, Unavailable
 from twn_kernels.benchmarking.group_contenders import GROUP_CONTENDERS
 from twn_kernels.benchmarking.measure import Options, contenders_of, measure_case
 from twn_kernels.benchmarking.model_contenders import MODEL_CONTENDERS
+from twn_kernels.benchmarking.model_problem import ModelProblem
 from twn_kernels.errors import OptionError
 from twn_kernels.ops import RoutePlan
 
@@ -101,6 +102,18 @@ def test_the_gate_holds_layers_and_models_too(case):
     wrong = only_row(case, planted(lambda r: r | {"y": r["y"] * 1.001}, "ours_reference", MODEL_CONTENDERS))
     assert right.correct and right.time_us is not None
     assert wrong.correct is False and wrong.time_us is None
+
+
+def test_contenders_of_a_decode_step_share_one_cache_and_leave_its_context_alone():
+    problem = ModelProblem.build(MODEL, torch.device("cpu"))
+    first, second = (MODEL_CONTENDERS[name].build(problem) for name in ("plain", "peft"))
+    before = [layer.keys[:, :, : MODEL.context].clone() for layer in problem.cache().layers]
+    expected = first.calls[0]()["y"]
+    second.calls[0]()
+    assert torch.equal(first.calls[0]()["y"], expected)
+    assert set(problem.caches) == {None, (0,), (1,)}
+    for layer, keys in zip(problem.cache().layers, before, strict=True):
+        assert torch.equal(layer.keys[:, :, : MODEL.context], keys) and layer.keys.shape[2] == MODEL.context + 1
 
 
 def test_a_wrong_adapter_in_a_layer_is_wrong():

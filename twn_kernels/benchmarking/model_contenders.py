@@ -64,11 +64,11 @@ def _ours(impl: str, *, base_only: bool = False):
         if model is None:
             model = problem.patched[key] = _patch(problem, impl)
         route = None if base_only else problem.plan
-        caches = [problem.cache() for _ in range(1)] if problem.keys else [None]
+        cache = problem.cache()
 
         def run(index: int) -> Tensor:
             with twn_kernels.route(model, route):
-                return problem.run(model, index, problem.hidden, cache=caches[0])
+                return problem.run(model, index, problem.hidden, cache=cache)
 
         layers = {path: model.get_submodule(path) for path in problem.loras}
 
@@ -149,8 +149,9 @@ class _InTurns:
         self.pieces = _pieces(problem) if names is None else None
         self.groups: list[tuple[str | None, Tensor, Any]] = []
         for name in dict.fromkeys(names or ()):
-            rows = torch.tensor([row for row, own in enumerate(names) if own == name], device=problem.device)
-            self.groups.append((name, rows, problem.cache(rows)))
+            rows = tuple(row for row, own in enumerate(names) if own == name)
+            cache = problem.cache(None if len(rows) == len(names) else rows)
+            self.groups.append((name, torch.tensor(rows, device=problem.device), cache))
 
     def __call__(self, index: int) -> Tensor:
         if self.pieces is not None:

@@ -45,6 +45,7 @@ class ModelProblem:
         keys, values: of each layer's cache, ``[rows, kv_heads, context, head_dim]``; empty without a cache.
         compile_backend: of torch.compile.
         patched: models that contenders share, by implementation.
+        caches: that contenders share, by rows.
     """
 
     case: Case
@@ -58,6 +59,7 @@ class ModelProblem:
     values: list[Tensor]
     compile_backend: str = "inductor"
     patched: dict[str, nn.Module] = field(default_factory=dict)
+    caches: dict[tuple[int, ...] | None, Any] = field(default_factory=dict)
 
     @classmethod
     def build(cls, case: Case, device: torch.device, *, compile_backend: str = "inductor") -> ModelProblem:
@@ -117,11 +119,17 @@ class ModelProblem:
         routes = self.plan.routes.view(self.case.rows, self.case.sequence)
         return [(routes & (1 << adapter)) != 0 for adapter in (0, 1)]
 
-    def cache(self, rows: slice | Tensor = slice(None)) -> Any:
-        """A cache of its own over ``rows`` of the batch; None where the case has none."""
+    def cache(self, rows: tuple[int, ...] | None = None) -> Any:
+        """The cache over these rows of the batch (None: all); None where the case has none.
+
+        Contenders share it: a step writes its token before it reads, and always in the same place.
+        """
         if not self.keys:
             return None
-        return fixed_cache([k[rows] for k in self.keys], [v[rows] for v in self.values])
+        if rows not in self.caches:
+            index = slice(None) if rows is None else list(rows)
+            self.caches[rows] = fixed_cache([k[index] for k in self.keys], [v[index] for v in self.values])
+        return self.caches[rows]
 
     def run(self, model: nn.Module, index: int, hidden: Tensor, start: int | None = None, cache: Any = None) -> Tensor:
         """A forward of ``model`` (or of its layer at ``index``) on some rows and positions of the input.
