@@ -1,6 +1,7 @@
 """When a fused block must not fuse: hooks, wrapped forwards, dropout, autocast, odd layers; and that it says why."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 from twn_kernels import patch, route, status, unpatch
 from twn_kernels.errors import PatchError
 from twn_kernels.modules import DualLoRALinear
+from twn_kernels.modules.routing import RouteState, UniformSpec
 from twn_kernels.modules.site_group import SiteGroup
-from twn_kernels.ops import RoutePlan
+from twn_kernels.ops import RoutePlan, choice
+from twn_kernels.patching import readiness
 from twn_kernels.patching.blocks import FusedAttention, FusedLayer
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 from twn_kernels.testing.tiny_models import VISION_FAMILIES, tiny_inputs, tiny_model
@@ -356,6 +359,16 @@ def test_families_without_blocks_say_so():
     shown = status(patch(tiny_model("qwen3_vl"), rank=2, fuse=False))
     assert shown.level == "linear" and "were not asked for" in shown.level_note
     assert not [m for m in patch(tiny_model("qwen3_vl"), fuse=False).modules() if isinstance(m, FusedLayer)]
+
+
+@pytest.mark.parametrize(("impl", "bits", "own"), [("auto", 0, True), ("auto", 1, False), ("blas", 0, False)], ids=str)
+def test_base_only_on_a_gpu_is_left_to_torch_until_something_was_measured(impl, bits, own, monkeypatch):
+    """Named, the vendor GEMM borrows a producer; taken for want of a measurement, it would repeat torch's own ops."""
+    monkeypatch.setattr(choice, "_usable", lambda *_: ([], []))
+    groups = {site: SiteGroup(site, impl) for site in BLOCK}
+    block = readiness.Block("layers.0", RouteState(UniformSpec(bits)), groups, nn.Module, nn.Module, nn.Module)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=torch.Size([2, 3, 64]))
+    assert readiness.gains_nothing(block, on_gpu) is own
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch.nn.modules import module as module_hooks
 
 from twn_kernels.modules.routing import RouteState
 from twn_kernels.modules.site_group import ReadySite, SiteGroup
+from twn_kernels.ops import choice
 from twn_kernels.ops.autocast import autocast_is_on
 from twn_kernels.patching.own_forward import has_own_forward
 from twn_kernels.patching.structure import GATE_UP, QKV
@@ -33,7 +34,8 @@ SITES = tuple(MEMBERS)
 _NORM_OF = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 CONDITIONS = (
     "a call runs layer by layer where a bypassed module has hooks or a forward of its own, under autocast, with LoRA "
-    "dropout in training, in float64, under function transforms, with PEFT's adapter_names= or merged adapters"
+    "dropout in training, in float64, under function transforms, with PEFT's adapter_names= or merged adapters, and "
+    "base only where no kernel was asked for or measured"
 )
 
 
@@ -73,9 +75,23 @@ def call_refusal(x: Tensor) -> str | None:
 
 
 def gains_nothing(block: Block, x: Tensor) -> bool:
-    """Whether the layer's own forward is the quicker way to the same result: no adapter acts, and no kernel would."""
+    """Whether the layer's own forward is the same computation with less around it: no adapter acts, no kernel would.
+
+    That is so where the vendor GEMM serves every site for want of a measurement, since its form of a group without
+    adapters is torch's own sequence of ops.
+    """
     spec = block.routing.current
-    return spec is not None and spec.bits == 0 and x.device.type == "cpu"
+    if spec is None or spec.bits != 0:
+        return False
+    if x.device.type == "cpu":
+        return True
+    if torch.compiler.is_compiling():  # a traced token count must not be looked at
+        return False
+    tokens = x.shape[:-1].numel()
+    return not any(
+        choice.is_deliberate(group.impl, x.device, x.dtype, site=site, tokens=tokens)
+        for site, group in block.groups.items()
+    )
 
 
 def members_of(layer: nn.Module, site: str) -> list[nn.Module]:
