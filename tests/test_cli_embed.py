@@ -105,6 +105,7 @@ def embed_failure(capsys, tmp_path, *options: str, out: str = "out.npy") -> str:
         (["--truncate-dim", "2.5"], '--truncate-dim: must be a whole number, 1 or more, got "2.5".'),
         (["--dtype", "bfloat"], 'got "bfloat". Did you mean "bfloat16"?'),
         (["--impl", "tritn"], 'got "tritn". Did you mean "triton"?'),
+        (["--decode", "graph"], 'got "graph". Did you mean "cuda_graph"?'),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -191,7 +192,7 @@ def test_embedding_files_equals_embedding_in_python(capsys, corpus, tmp_path):
     from twn_kernels import TWNEmbedder
 
     out = tmp_path / "vectors.safetensors"
-    options = ["--think", "always", "--max-think-tokens", "6", "--batch-size", "3"]
+    options = ["--think", "always", "--max-think-tokens", "6", "--batch-size", "3", "--decode", "static"]
     found = embed_report(capsys, corpus, ["lines.txt", "rows.jsonl", "images"], out, *options)
     details = [json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()]
     vectors = load_file(out)["embeddings"]
@@ -201,7 +202,7 @@ def test_embedding_files_equals_embedding_in_python(capsys, corpus, tmp_path):
         ("lines.txt", 1), ("lines.txt", 3), ("rows.jsonl", 1), ("rows.jsonl", 2), ("rows.jsonl", 3),
         ("a.png", None), ("b.png", None),
     ]  # fmt: skip
-    embedder = TWNEmbedder.from_pretrained(corpus / "base", corpus / "twn")
+    embedder = TWNEmbedder.from_pretrained(corpus / "base", corpus / "twn", decode="static")
     image = {name: {"image": str(corpus / "images" / f"{name}.png")} for name in "ab"}
     asked = {"text": "what is it?"} | image["a"]
     inputs = ["a red square", "a blue one", "a red square", asked, image["b"], image["a"], image["b"]]
@@ -210,6 +211,7 @@ def test_embedding_files_equals_embedding_in_python(capsys, corpus, tmp_path):
     )
     assert np.array_equal(vectors, expected)
     assert [row["text"] for row in details] == [detail.text for detail in expected_details]
+    assert {row["decode"] for row in details} == {"static"}
 
 
 def test_options_reach_the_embedder(capsys, corpus, tmp_path):

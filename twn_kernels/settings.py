@@ -14,6 +14,8 @@ BOTH = 3
 
 IMPLS = ("auto", "blas", "cuda", "reference", "triton")
 
+DECODE_MODES = ("auto", "cuda_graph", "static", "dynamic")
+
 MAX_RANK = 256
 
 # The only environment variables that the package reads (five at most; a test counts them).

@@ -18,7 +18,7 @@ from twn_kernels import __version__
 from twn_kernels.cli import bench
 from twn_kernels.cli.values import DTYPES, count, fraction, one_of
 from twn_kernels.errors import OptionError, TWNError, TWNWarning, did_you_mean
-from twn_kernels.settings import IMPLS
+from twn_kernels.settings import DECODE_MODES, IMPLS
 
 __all__ = ["main"]
 
@@ -273,6 +273,8 @@ def _add_embed(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--device", help='"cpu", "cuda", "cuda:1"; default: the first GPU, else the CPU')
     parser.add_argument("--dtype", type=one_of(DTYPES), default="auto", help="auto, float32, float16 or bfloat16")
     parser.add_argument("--impl", type=one_of(IMPLS), default="auto", help="auto, blas, triton, cuda or reference")
+    decode_help = "how thoughts are decoded: auto, cuda_graph, static or dynamic; the details say which it was"
+    parser.add_argument("--decode", type=one_of(DECODE_MODES), default="auto", help=decode_help)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_checkpoint_options(parser)
     parser.set_defaults(run=_embed)

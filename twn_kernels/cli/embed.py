@@ -101,6 +101,7 @@ def _embedder(arguments: argparse.Namespace, device, checkpoint_options: dict):
         dtype=None if arguments.dtype == "auto" else arguments.dtype,
         device=device,
         impl=arguments.impl,
+        decode=arguments.decode,
         revision=arguments.model_revision,
         local_files_only=arguments.local_files_only,
     )

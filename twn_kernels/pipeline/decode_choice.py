@@ -16,10 +16,9 @@ from torch.nn.modules import module as module_hooks
 from twn_kernels.errors import ImplUnavailable, OptionError, did_you_mean, quoted
 from twn_kernels.patching.specs import FAMILY_SPECS, family_of
 from twn_kernels.pipeline.backbone import Backbone
+from twn_kernels.settings import DECODE_MODES
 
-__all__ = ["MODES", "DecodeChoice", "check_mode", "choose", "layer_kinds", "why_not_captured", "why_not_static"]
-
-MODES = ("auto", "cuda_graph", "static", "dynamic")
+__all__ = ["DecodeChoice", "check_mode", "choose", "layer_kinds", "why_not_captured", "why_not_static"]
 
 _MASKED = ("sdpa", "eager")  # attention that takes a prepared mask of any shape
 _KINDS = ("full_attention", "sliding_attention")
@@ -40,9 +39,10 @@ class DecodeChoice(NamedTuple):
 
 
 def check_mode(decode: object) -> None:
-    """Raise OptionError unless ``decode`` is one of :data:`MODES`."""
-    if decode not in MODES:
-        raise OptionError(f"decode must be one of {quoted(MODES)}, got {decode!r}.{did_you_mean(decode, MODES)}")
+    """Raise OptionError unless ``decode`` is one of ``settings.DECODE_MODES``."""
+    if decode not in DECODE_MODES:
+        near = did_you_mean(decode, DECODE_MODES)
+        raise OptionError(f"decode must be one of {quoted(DECODE_MODES)}, got {decode!r}.{near}")
 
 
 def choose(backbone: Backbone, decode: str) -> DecodeChoice:
