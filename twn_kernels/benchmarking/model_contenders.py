@@ -58,12 +58,12 @@ def _ours(impl: str, *, base_only: bool = False):
         if reason is not None:
             raise Unavailable(" ".join(reason.split()))
         taken = _resolved(problem, impl)
+        asked = _asked(problem, impl, taken, base_only)
         # A packed copy of the weights is large: one patched model serves every name that means the same.
-        key = taken if "+" not in taken else impl
-        model = problem.patched.get(key)
+        model = problem.patched.get(asked)
         if model is None:
-            model = problem.patched[key] = _patch(problem, impl)
-        route = None if base_only else problem.plan
+            model = problem.patched[asked] = _patch(problem, asked)
+        route = problem.plan if problem.plan.present and not base_only else None
         cache = problem.cache()
 
         def run(index: int) -> Tensor:
@@ -88,6 +88,17 @@ def _resolved(problem: ModelProblem, impl: str) -> str:
         for site in problem.case.sites
     ]
     return "+".join(dict.fromkeys(taken))
+
+
+def _asked(problem: ModelProblem, impl: str, taken: str, base_only: bool) -> str:
+    """What ``patch`` is asked for: ``auto`` by the name of what it takes, where that is one implementation.
+
+    Base-only forwards of a model patched with ``auto`` may run the stock layers. So the fused base names its
+    implementation, and ``auto`` stays ``auto`` where its base-only rows are what is measured.
+    """
+    if "+" in taken or (impl == "auto" and problem.case.routes == "base" and not base_only):
+        return impl
+    return taken
 
 
 def _patch(problem: ModelProblem, impl: str) -> nn.Module:
