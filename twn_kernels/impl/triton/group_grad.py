@@ -119,10 +119,11 @@ def _group_dx(dy: Tensor, ds: Tensor | None, group: _Group, dx: Tensor) -> None:
     (tokens, features), (ranks_r, ranks_e) = dx.shape, group.ranks
     separate = ds is not None and group.dtype != dy.dtype
     operands = [t for t in (*group.A[0], *group.A[1]) if t.numel()]
+    low_rank_aligned = ds is None or launch._aligned(ds, *operands)
     config = gemm_config(
         tokens, dy.dtype == torch.float32, separate, launch._arch(dy.device),
         base_aligned=launch._aligned(dy, dx, *group.weights) and all(n % 16 == 0 for n in group.outputs),
-        low_rank_aligned=ds is None or launch._aligned(ds, *operands),
+        low_rank_aligned=low_rank_aligned,
     )  # fmt: skip
     group_dx_kernel[(-(-tokens // config.block_m) * -(-features // config.block_n),)](
         dy, *_three(group.weights), dy if ds is None else ds, *_three(group.A[0]), *_three(group.A[1]),
@@ -130,6 +131,7 @@ def _group_dx(dy: Tensor, ds: Tensor | None, group: _Group, dx: Tensor) -> None:
         dy.stride(0), *_three(_pitches(group.weights), 0), 0 if ds is None else ds.stride(0),
         *_three(_pitches(group.A[0]), 0), *_three(_pitches(group.A[1]), 0),
         COUNT=len(group.weights), PRESENT=0 if ds is None else group.present, SEPARATE=separate,
+        ALIGNED=low_rank_aligned,
         BASE_PRECISION="ieee", LOW_RANK_PRECISION=launch._precision(dy.dtype, group.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
         GROUP_M=config.group_m,

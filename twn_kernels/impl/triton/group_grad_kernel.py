@@ -174,13 +174,17 @@ def _add_projection(
 
 
 @triton.jit
-def _stacked(j, a_0, a_1, a_2, rank_0, rank_1, stride_0, stride_1, stride_2, COUNT: tl.constexpr):
+def _stacked(
+    j, a_0, a_1, a_2, rank_0, rank_1, stride_0, stride_1, stride_2, COUNT: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Pointers to rows ``j`` of the matrices on top of one another."""
     pointers = a_0 + j * stride_0
     if COUNT > 1:
         pointers = tl.where(j >= rank_0, a_1 + (j - rank_0) * stride_1, pointers)
     if COUNT > 2:
         pointers = tl.where(j >= rank_0 + rank_1, a_2 + (j - rank_0 - rank_1) * stride_2, pointers)
+    if ALIGNED:  # a select hides it from Triton 3.9
+        pointers = tl.multiple_of(pointers, [16, 16])
     return pointers
 
 
@@ -206,6 +210,7 @@ def _add_stack(
     stride_2,
     MIXED: tl.constexpr,  # some rows do not use the adapter: what is not finite in A must not reach them
     COUNT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -220,7 +225,9 @@ def _add_stack(
             mask=in_rows[:, None] & in_rank[None, :],
             other=0.0,
         )
-        a_rows = _stacked((j0 + j)[:, None], a_0, a_1, a_2, rank_0, rank_1, stride_0, stride_1, stride_2, COUNT)
+        a_rows = _stacked(
+            (j0 + j)[:, None], a_0, a_1, a_2, rank_0, rank_1, stride_0, stride_1, stride_2, COUNT, ALIGNED
+        )
         tile_a = tl.load(a_rows + columns[None, :], mask=in_rank[:, None] & in_columns[None, :], other=0.0)
         if MIXED:
             finite = tl.abs(tile_a.to(tl.float32)) < float("inf")
@@ -256,6 +263,7 @@ def _add_adapter(
     stride_2,
     COUNT: tl.constexpr,
     SEPARATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -266,19 +274,19 @@ def _add_adapter(
         delta = _add_stack(
             tl.zeros_like(acc), ds, a_0, a_1, a_2, rows, in_rows, uses, columns, in_columns, rank_0, rank_1, rank,
             tl.where(users > 0, rank, 0), stride_sm, stride_0, stride_1, stride_2,
-            False, COUNT, PRECISION, BLOCK_R, BLOCK_N,
+            False, COUNT, ALIGNED, PRECISION, BLOCK_R, BLOCK_N,
         )  # fmt: skip
         return tl.where(uses[:, None], acc + delta, acc)
     else:
         acc = _add_stack(
             acc, ds, a_0, a_1, a_2, rows, in_rows, uses, columns, in_columns, rank_0, rank_1, rank,
             tl.where(users == users_all, rank, 0), stride_sm, stride_0, stride_1, stride_2,
-            False, COUNT, PRECISION, BLOCK_R, BLOCK_N,
+            False, COUNT, ALIGNED, PRECISION, BLOCK_R, BLOCK_N,
         )  # fmt: skip
         return _add_stack(
             acc, ds, a_0, a_1, a_2, rows, in_rows, uses, columns, in_columns, rank_0, rank_1, rank,
             tl.where((users > 0) & (users < users_all), rank, 0), stride_sm, stride_0, stride_1, stride_2,
-            True, COUNT, PRECISION, BLOCK_R, BLOCK_N,
+            True, COUNT, ALIGNED, PRECISION, BLOCK_R, BLOCK_N,
         )  # fmt: skip
 
 
@@ -322,6 +330,7 @@ def group_dx_kernel(
     COUNT: tl.constexpr,  # projections
     PRESENT: tl.constexpr,
     SEPARATE: tl.constexpr,  # adapters in their own accumulator: they are fp32 beside 16-bit weights
+    ALIGNED: tl.constexpr,  # every A can be read in 16-byte words
     BASE_PRECISION: tl.constexpr,
     LOW_RANK_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -357,13 +366,13 @@ def group_dx_kernel(
         acc = _add_adapter(
             acc, ds, a_r0, a_r1, a_r2, rows, in_rows, (route & 1) != 0, users_r, users_all, columns, in_columns,
             rank_r0, rank_r1, rank_r2, stride_sm, stride_ar0, stride_ar1, stride_ar2,
-            COUNT, SEPARATE, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
+            COUNT, SEPARATE, ALIGNED, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
         )  # fmt: skip
     if PRESENT & 2:
         acc = _add_adapter(
             acc, ds + (rank_r0 + rank_r1 + rank_r2), a_e0, a_e1, a_e2, rows, in_rows, (route & 2) != 0, users_e,
             users_all, columns, in_columns, rank_e0, rank_e1, rank_e2, stride_sm, stride_ae0, stride_ae1, stride_ae2,
-            COUNT, SEPARATE, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
+            COUNT, SEPARATE, ALIGNED, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
         )  # fmt: skip
     tl.store(
         dx + rows[:, None] * K + columns[None, :],
@@ -440,7 +449,7 @@ def group_grad_kernel(
             acc = dot(tl.trans(wide.to(tile_s.dtype)), tile_s, acc, PRECISION)
     pointers = _stacked(
         j[None, :], tl.where(embedding, out_e0, out_r0), tl.where(embedding, out_e1, out_r1),
-        tl.where(embedding, out_e2, out_r2), rank_0, rank_1, stride_or, stride_or, stride_or, COUNT,
+        tl.where(embedding, out_e2, out_r2), rank_0, rank_1, stride_or, stride_or, stride_or, COUNT, False,
     )  # fmt: skip
     tl.store(
         pointers + tl.program_id(2).to(tl.int64) * stride_os + f[:, None] * stride_of,

@@ -83,23 +83,23 @@ def produce_(
         return
     present &= any(ranks[0::2]) | any(ranks[1::2]) << 1
     with launch._device(x):
+        aligned = _aligned(x, norm_weight, x_out, *stack.A) and features % 16 == 0
         config = produce_config(
-            tokens, features, sum(ranks), stack.A[0].dtype == torch.float32, bool(gated),
-            launch._arch(x.device),
-            aligned=_aligned(x, norm_weight, x_out, *stack.A) and features % 16 == 0,
+            tokens, features, sum(ranks), stack.A[0].dtype == torch.float32, bool(gated), launch._arch(x.device),
+            aligned=aligned,
         )  # fmt: skip
         if config.splits == 1 or not present:
-            _launch(x, norm_weight, eps, gated, stack, routes, present, x_out, s_out, 1, config)
+            _launch(x, norm_weight, eps, gated, stack, routes, present, x_out, s_out, 1, config, aligned)
             return
         parts = x.new_empty((config.splits, tokens, sum(ranks)), dtype=launch._wide(x.dtype))
         starts = [sum(ranks[:i]) for i in range(len(ranks))]
         part_stack = _Stack(stack.A, [1.0] * len(ranks), starts)
-        _launch(x, norm_weight, eps, gated, part_stack, routes, present, x_out, parts, config.splits, config)
+        _launch(x, norm_weight, eps, gated, part_stack, routes, present, x_out, parts, config.splits, config, aligned)
         _add_parts(parts, stack, s_out)
 
 
 def _launch(
-    x, norm_weight, eps, gated, stack: _Stack, routes, present, x_out, out, splits: int, config: ProduceConfig
+    x, norm_weight, eps, gated, stack: _Stack, routes, present, x_out, out, splits: int, config: ProduceConfig, aligned
 ) -> None:
     """The producer; ``out`` is ``s_out``, or ``parts [splits, tokens, sum of ranks]``."""
     tokens, features = x.shape[0], x.shape[1] // (2 if gated else 1)
@@ -115,6 +115,7 @@ def _launch(
         0 if out is None else out.stride(-2), out.stride(0) if splits > 1 else 0,
         *scaling, eps, tiles, -(-chunks // splits),
         PRESENT=present, GATED=bool(gated), PRECISION=launch._precision(x.dtype, blocks[0].dtype), DEPENDENT=dependent,
+        ALIGNED=aligned,
         BLOCK_M=config.block_m, BLOCK_R=config.block_r, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent, **launch._OPTIONS,
     )  # fmt: skip

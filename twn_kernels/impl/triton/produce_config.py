@@ -18,6 +18,7 @@ _PROCESSORS = 108  # the smallest part that has to be filled: an A100
 _FEW_TOKENS = 64
 _MANY_TOKENS = 1024  # from here on there is a tile of 64 rows for many of the processors
 _MAX_SPLIT = 16
+_FROM_SHARED = (90, 100)  # tensor cores read their operands from shared memory: registers are left for deeper tiles
 _SPLIT_STEPS = 24  # steps that a part keeps: below it a second launch costs more than the shorter sum gains (estimate)
 
 
@@ -71,7 +72,9 @@ def _produce_tile(tokens: int, ranks: int, wide: bool, gated: bool, arch: int, a
     if tokens <= _MANY_TOKENS:
         return ProduceConfig(32, 64, 64, num_warps=4, num_stages=4)
     # x is read again for every column tile, so the widest whose sums and pointers stay in registers: 256 spills
-    return ProduceConfig(64, 64 if ranks <= 64 else 128, 32 if gated and arch < 90 else 64, num_warps=8, num_stages=3)
+    return ProduceConfig(
+        64, 64 if ranks <= 64 else 128, 64 if arch in _FROM_SHARED or not gated else 32, num_warps=8, num_stages=3
+    )
 
 
 def produce_tiles(config: ProduceConfig, tokens: int, features: int, ranks: int) -> int:
@@ -92,7 +95,7 @@ def group_shrink_config(
 
 @functools.lru_cache(maxsize=4096)
 def _group_shrink_config(tokens: int, features: int, rank: int, wide: bool, arch: int, aligned: bool) -> ProduceConfig:
-    config = _group_shrink_tile(tokens, rank, wide, aligned)
+    config = _group_shrink_tile(tokens, rank, wide, arch, aligned)
     programs = _cdiv(tokens, config.block_m) * _cdiv(rank, config.block_r)
     steps, splits = _cdiv(features, config.block_k), 1
     while splits < _MAX_SPLIT and programs * splits * 2 <= _PROCESSORS and steps >= splits * 2 * 4:
@@ -100,13 +103,13 @@ def _group_shrink_config(tokens: int, features: int, rank: int, wide: bool, arch
     return dataclasses.replace(config, splits=splits)
 
 
-def _group_shrink_tile(tokens: int, rank: int, wide: bool, aligned: bool) -> ProduceConfig:
+def _group_shrink_tile(tokens: int, rank: int, wide: bool, arch: int, aligned: bool) -> ProduceConfig:
     block_r = 16 if rank <= 16 else 32 if rank <= 32 else 64
     if wide or not aligned:
         return ProduceConfig(16 if tokens <= _FEW_TOKENS else 32, 32, 16, num_warps=8, num_stages=3)
     if tokens <= _FEW_TOKENS:
         return ProduceConfig(16, block_r, 64, num_warps=4, num_stages=4)
-    return ProduceConfig(64, block_r, 64, num_warps=8, num_stages=4)
+    return ProduceConfig(64, block_r, 64 if arch in _FROM_SHARED else 32, num_warps=8, num_stages=4)
 
 
 def _known(arch: int) -> int:
@@ -119,6 +122,7 @@ def _cdiv(a: int, b: int) -> int:
 
 def all_produce_configs(arch: int) -> dict[str, list]:
     """Every tile that the functions above can return for ``arch``, by kernel; splits do not change machine code."""
+    arch = _known(arch)
     tokens, ranks, flags = (_FEW_TOKENS, _MANY_TOKENS, 2 * _MANY_TOKENS), (64, 128), (False, True)
 
     def produce(wide: bool, gated: tuple[bool, ...] = flags) -> list[ProduceConfig]:
@@ -127,7 +131,7 @@ def all_produce_configs(arch: int) -> dict[str, list]:
         )
 
     def group_shrink(wide: bool) -> list[ProduceConfig]:
-        return list(dict.fromkeys(_group_shrink_tile(t, r, wide, not wide) for t in tokens for r in (16, 32, 64)))
+        return list(dict.fromkeys(_group_shrink_tile(t, r, wide, arch, not wide) for t in tokens for r in (16, 32, 64)))
 
     return {
         "produce": produce(False, (False,)),

@@ -78,6 +78,7 @@ def _produce(use, config, arch, dtype, adapters=None, *, norm=False, gated=False
         pointers["x_out"] = dtype
     constants = {
         "PRESENT": 3, "GATED": gated, "PRECISION": _precision(dtype, adapters), "DEPENDENT": arch >= 90,
+        "ALIGNED": aligned,
         "BLOCK_M": config.block_m, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k,
     }  # fmt: skip
     name = f"produce-{use}-{dtype}-{adapters}-{config.block_m}x{config.block_r}x{config.block_k}"
@@ -103,7 +104,8 @@ def _dx(config, count, dtype, adapters=None, *, aligned="all") -> tuple:
     pointers = {"dy": dtype, "ds": adapters, "routes": "i8", "dx": dtype}
     pointers |= {f"w_{i}": dtype for i in range(3)} | {f"a_{block}": adapters for block in _BLOCKS}
     constants = {
-        "COUNT": count, "PRESENT": 3, "SEPARATE": dtype != adapters, "BASE_PRECISION": "ieee",
+        "COUNT": count, "PRESENT": 3, "SEPARATE": dtype != adapters, "ALIGNED": aligned == "all",
+        "BASE_PRECISION": "ieee",
         "LOW_RANK_PRECISION": _precision(dtype, adapters),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_R": config.block_r,
         "GROUP_M": config.group_m,
