@@ -156,8 +156,9 @@ def _run(options: argparse.Namespace, device, command: str, deadline: float) -> 
         if name in options.skip:
             return None
         value = session.run_stage(journal, name, run)
-        if name not in ("environment", "roofs"):
-            print(f"{name}: {json.dumps(value)}", flush=True)
+        if name != "environment":
+            shown = {key: entry for key, entry in value.items() if key != "pitched_gemm"}
+            print(f"{name}: {json.dumps(shown)}", flush=True)
         return value
 
     on_gpu = device.type == "cuda"

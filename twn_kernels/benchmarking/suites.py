@@ -67,6 +67,7 @@ def _full() -> list[Case]:
     for model in ("8B", "4B"):
         found += _groups("forward", model, (4096,), "base") + _groups("decode", model, (8,), "base")
         found += [_layer("forward", model, 4096), _layer("decode", model, 8)]
+        found += [_layer("forward", model, 4096, "base"), _layer("decode", model, 8, "base")]
         found += _groups("forward", model, (2048,))
     # Around them: other routes, token counts, ranks, the small model.
     for routes in _ROUTES:
