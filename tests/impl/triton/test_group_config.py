@@ -20,13 +20,13 @@ QKV, GATE_UP = (4096, 1024, 1024), (12288,)  # Qwen3-VL 8B
 
 @given(st.integers(1, 2**31), widths, st.integers(1, 300), flags, flags, flags, arches, flags, flags, flags)
 def test_every_configuration_is_enumerated(
-    tokens, widths, processors, wide, swiglu, separate, arch, base_aligned, low_rank_aligned, describable
+    tokens, widths, processors, wide, swiglu, exact, arch, base_aligned, low_rank_aligned, describable
 ):
-    kind = (widths, wide, swiglu, separate, arch)
+    kind = (widths, wide, swiglu, exact, arch)
     flags = {"base_aligned": base_aligned, "low_rank_aligned": low_rank_aligned, "describable": describable}
     chosen = group_config(tokens, *kind, **flags, processors=processors)
     assert chosen == group_config(bucket(tokens), *kind, **flags, processors=processors)
-    listed = all_group_configs(arch)[group_kind(wide, swiglu, separate, base_aligned, low_rank_aligned)]
+    listed = all_group_configs(arch)[group_kind(wide, swiglu, exact, base_aligned, low_rank_aligned)]
     assert chosen in listed
     if chosen.descriptors:
         assert arch >= 90 and base_aligned and describable and not wide and tokens > 64

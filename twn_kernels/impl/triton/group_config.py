@@ -59,7 +59,7 @@ def group_config(
     widths: tuple[int, ...],
     wide: bool,
     swiglu: bool,
-    separate: bool,
+    exact: bool,
     arch: int,
     *,
     base_aligned: bool = True,
@@ -74,14 +74,14 @@ def group_config(
         widths: out features of each projection; with ``swiglu`` of the single output.
         wide: fp32 operands in the base product.
         swiglu: a tile holds the same columns of two projections.
-        separate: low-rank terms need their own accumulator (fp32 adapters next to 16-bit ``x``).
+        exact: the adapters are fp32 next to a 16-bit ``x``.
         arch: compute capability without the dot: 80, 90, 100, ...
         base_aligned: ``x``, the weights and ``y`` can be read and written in 16-byte words.
         low_rank_aligned: the same for ``s`` and ``B`` (false for a rank that is no multiple of 16).
         describable: tensor descriptors can describe ``x`` and the weights; they are used from sm_90 on.
         processors: of the GPU; None: of the usual part of ``arch``.
     """
-    kind = (wide, swiglu, separate, _known(arch), base_aligned, low_rank_aligned, describable and arch >= 90)
+    kind = (wide, swiglu, exact, _known(arch), base_aligned, low_rank_aligned, describable and arch >= 90)
     return _group_config(bucket(tokens), tuple(widths), processors or _PROCESSORS[kind[3]], *kind)
 
 
@@ -101,7 +101,7 @@ def _cost(config: GroupConfig, tiles: int, processors: int) -> int:
 
 
 def _candidates(
-    tokens: int, wide: bool, swiglu: bool, separate: bool, arch: int, base_aligned: bool, low_rank_aligned: bool,
+    tokens: int, wide: bool, swiglu: bool, exact: bool, arch: int, base_aligned: bool, low_rank_aligned: bool,
     describable: bool,
 ) -> tuple[GroupConfig, ...]:  # fmt: skip
     """Tiles to choose from, the largest first."""
@@ -111,14 +111,12 @@ def _candidates(
         return (GroupConfig(_EXACT_ROWS, 32 if swiglu else 64, 32, 16, num_warps=8, num_stages=3),)
     if tokens <= _DECODE_TOKENS:
         return _decode_tiles(arch) if base_aligned else (GroupConfig(16, 32, 64, 16, num_warps=4, num_stages=3),)
-    if not base_aligned or (separate and not low_rank_aligned):
+    if not base_aligned:
         return (GroupConfig(64, 32, 32, 16, num_warps=8, num_stages=3),)
     small = GroupConfig(64, 32 if swiglu else 64, 64, 16, num_warps=8, num_stages=4)
     if tokens <= _FEW_TOKENS:
         return (small,)
-    if separate:
-        return GroupConfig(128, 32 if swiglu else 64, 64, 16, num_warps=8, num_stages=4), small
-    return *_prefill_tiles(swiglu, arch, low_rank_aligned, describable), small
+    return *_prefill_tiles(swiglu, exact, arch, low_rank_aligned, describable), small
 
 
 def _decode_tiles(arch: int) -> tuple[GroupConfig, ...]:
@@ -128,11 +126,14 @@ def _decode_tiles(arch: int) -> tuple[GroupConfig, ...]:
     return wide, dataclasses.replace(wide, block_n=16)
 
 
-def _prefill_tiles(swiglu: bool, arch: int, low_rank_aligned: bool, describable: bool) -> tuple[GroupConfig, ...]:
+def _prefill_tiles(
+    swiglu: bool, exact: bool, arch: int, low_rank_aligned: bool, describable: bool
+) -> tuple[GroupConfig, ...]:
     stages = 3 if arch in _SMALL_SHARED else 4
-    width = 64 if swiglu else 128  # of one accumulator; SwiGLU has two
-    middle = GroupConfig(128, width, 64, 16, 8, stages, parts=2, descriptors=describable)
-    if arch not in (90, 100) or not describable or not low_rank_aligned:
+    # of one accumulator: SwiGLU has two; fp32 adapters that are read element by element take registers from it
+    width = 128 >> int(swiglu) >> int(exact and not low_rank_aligned)
+    middle = GroupConfig(128, width, 64, 16, 8, stages, parts=4, descriptors=describable)
+    if arch not in (90, 100) or not describable or not low_rank_aligned or exact:
         return (middle,)
     # registers for the largest tile, shared memory for four stages of it (192 KiB)
     step = 32 if arch == 90 else 16
@@ -142,17 +143,17 @@ def _prefill_tiles(swiglu: bool, arch: int, low_rank_aligned: bool, describable:
 def all_group_configs(arch: int) -> dict[str, list[GroupConfig]]:
     """Every tile that :func:`group_config` can return for ``arch``, by what decides the code of the kernel."""
     known, kinds = _known(arch), {}
-    for wide, swiglu, separate, base, low_rank, describable in itertools.product((True, False), repeat=6):
-        name = group_kind(wide, swiglu, separate, base, low_rank)
+    for wide, swiglu, exact, base, low_rank, describable in itertools.product((True, False), repeat=6):
+        name = group_kind(wide, swiglu, exact, base, low_rank)
         tiles = kinds.setdefault(name, {})
         for tokens in (_DECODE_TOKENS, _FEW_TOKENS, 2 * _FEW_TOKENS):
-            found = _candidates(tokens, wide, swiglu, separate, known, base, low_rank, describable and arch >= 90)
+            found = _candidates(tokens, wide, swiglu, exact, known, base, low_rank, describable and arch >= 90)
             tiles.update(dict.fromkeys(found))
     return {name: list(tiles) for name, tiles in kinds.items()}
 
 
-def group_kind(wide: bool, swiglu: bool, separate: bool, base_aligned: bool, low_rank_aligned: bool) -> str:
+def group_kind(wide: bool, swiglu: bool, exact: bool, base_aligned: bool, low_rank_aligned: bool) -> str:
     """The key of :func:`all_group_configs` under which a problem's configuration is listed."""
-    parts = ["swiglu"] * swiglu + ["wide"] * wide + ["separate"] * (separate and not wide)
+    parts = ["swiglu"] * swiglu + ["wide"] * wide + ["exact"] * (exact and not wide)
     aligned = "none" if not base_aligned or wide else "all" if low_rank_aligned else "base"
     return "-".join([*parts, f"{aligned}_aligned"])

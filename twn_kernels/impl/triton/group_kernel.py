@@ -136,7 +136,6 @@ def _low_rank_ranges(
     columns,
     in_columns,
     PRESENT: tl.constexpr,
-    SEPARATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -145,13 +144,13 @@ def _low_rank_ranges(
     if PRESENT & 1:
         acc = add_adapter(
             acc, s, b_r, rows, in_rows, (route & 1) != 0, users_r, users_all, columns, in_columns, rank_r,
-            stride_sm, stride_brn, 1, None, 0, 0, 1.0, SEPARATE, False,
+            stride_sm, stride_brn, 1, None, 0, 0, 1.0, False, False,
             PRECISION, BLOCK_R, _MIXED_STEP, BLOCK_N,
         )  # fmt: skip
     if PRESENT & 2:
         acc = add_adapter(
             acc, s + rank_r, b_e, rows, in_rows, (route & 2) != 0, users_e, users_all, columns, in_columns,
-            rank_e, stride_sm, stride_ben, 1, None, 1, 0, 1.0, SEPARATE, False,
+            rank_e, stride_sm, stride_ben, 1, None, 1, 0, 1.0, False, False,
             PRECISION, BLOCK_R, _MIXED_STEP, BLOCK_N,
         )  # fmt: skip
     return acc
@@ -317,7 +316,6 @@ def group_kernel(
     COUNT: tl.constexpr,  # projections
     SWIGLU: tl.constexpr,  # two projections, gate and up, one output
     PRESENT: tl.constexpr,  # adapters that can occur: 0 is the plain projections
-    SEPARATE: tl.constexpr,  # low-rank terms in their own accumulator: fp32 adapters
     DESCRIPTORS: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched before the previous kernel has ended
     PREFETCH: tl.constexpr,  # lines of each row of the first weight tile to ask for before that end
@@ -404,14 +402,14 @@ def group_kernel(
                 _one_of(projection, rank_r0, rank_r1, rank_r2, SELECTED),
                 _one_of(projection, rank_e0, rank_e1, rank_e2, SELECTED),
                 stride_sm, stride_brn, stride_ben, row, in_rows, route, users_r, users_e, users_all, column, in_columns,
-                PRESENT, SEPARATE, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
+                PRESENT, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
             )  # fmt: skip
             if SWIGLU:
                 up = _low_rank_ranges(
                     up, s_rows + ranks_0, b_r1 + first_column * stride_br1n, b_e1 + first_column * stride_be1n,
                     rank_r1, rank_e1, stride_sm, stride_br1n, stride_be1n,
                     row, in_rows, route, users_r, users_e, users_all, column, in_columns,
-                    PRESENT, SEPARATE, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
+                    PRESENT, LOW_RANK_PRECISION, BLOCK_R, BLOCK_N,
                 )  # fmt: skip
 
         part: tl.constexpr = BLOCK_N // PARTS

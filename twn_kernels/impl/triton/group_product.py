@@ -48,10 +48,6 @@ class _Operands(NamedTuple):
         widths = tuple(weight.shape[0] for weight in self.weights)
         return widths[:1] if self.swiglu else widths
 
-    @property
-    def separate(self) -> bool:
-        return self.present != 0 and self.s.dtype != self.x.dtype
-
 
 def group(
     x, norm_weight, eps, gated, weights, biases, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present,
@@ -106,7 +102,7 @@ def _product(operands: _Operands) -> None:
         x.stride(0), *(weight.stride(0) for weight in weights), *[0] * missing,
         operands.s.stride(0), *(b.stride(0) if b.shape[1] else 0 for b in operands.b), *[0] * (2 * missing),
         0 if operands.residual is None else operands.residual.stride(0), y.stride(0),
-        COUNT=len(weights), SWIGLU=operands.swiglu, PRESENT=operands.present, SEPARATE=operands.separate,
+        COUNT=len(weights), SWIGLU=operands.swiglu, PRESENT=operands.present,
         DESCRIPTORS=config.descriptors, DEPENDENT=dependent, PREFETCH=config.prefetch,
         BASE_PRECISION="ieee", LOW_RANK_PRECISION=launch._precision(x.dtype, operands.s.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
@@ -120,7 +116,8 @@ def _config(operands: _Operands, arch: int) -> GroupConfig:
     outputs = [y] if operands.residual is None else [y, operands.residual]
     used = [b for b in operands.b if b.shape[1] > 0]
     return group_config(
-        x.shape[0], operands.widths, x.dtype == torch.float32, operands.swiglu, operands.separate, arch,
+        x.shape[0], operands.widths, x.dtype == torch.float32, operands.swiglu,
+        operands.present != 0 and s.dtype != x.dtype, arch,
         base_aligned=launch._aligned(x, *weights, *outputs) and _multiples_of_16(operands.widths),
         low_rank_aligned=operands.present == 0 or launch._aligned(s, *used),
         describable=x.element_size() == 2 and all(map(_describable, (x, *weights))),

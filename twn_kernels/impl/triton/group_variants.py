@@ -30,7 +30,7 @@ def group_compilations(arch: int) -> list[tuple]:
     if arch == 90:
         chosen += [
             _group("o", _largest(aligned), arch, "bf16"),
-            _group("o", _largest(configs["separate-all_aligned"]), arch, "bf16", "fp32"),
+            _group("o", _largest(configs["exact-all_aligned"]), arch, "bf16", "fp32"),
         ]
     return chosen
 
@@ -38,12 +38,12 @@ def group_compilations(arch: int) -> list[tuple]:
 def every_group_compilation(arch: int) -> Iterator[tuple]:
     """Each configuration of each kind on each site; more than a test run should compile."""
     for kind, configs in all_group_configs(arch).items():
-        swiglu, wide, separate = (word in kind for word in ("swiglu", "wide", "separate"))
+        swiglu, wide, exact = (word in kind for word in ("swiglu", "wide", "exact"))
         aligned = kind.rsplit("-", 1)[-1].removesuffix("_aligned")
         for config in configs:
             for site in ("gate_up",) if swiglu else ("qkv", "o"):
                 for dtype in ("fp32",) if wide else ("bf16", "fp16"):
-                    adapters = "fp32" if separate else dtype
+                    adapters = "fp32" if exact else dtype
                     yield _group(site, config, arch, dtype, adapters, aligned=aligned)
                 yield _group(site, config, arch, "fp32" if wide else "bf16", aligned=aligned, present=0)
 
@@ -65,7 +65,7 @@ def _group(site, config: GroupConfig, arch, dtype, adapters=None, *, aligned="al
         for i in range(count):
             types[f"w_{i}_descriptor"] = f"tensordesc<{dtype}[{config.block_n}, {config.block_k}]>"
     constants: dict[str, Any] = {
-        "COUNT": count, "SWIGLU": swiglu, "PRESENT": present, "SEPARATE": mixed and present != 0,
+        "COUNT": count, "SWIGLU": swiglu, "PRESENT": present,
         "DESCRIPTORS": config.descriptors, "DEPENDENT": arch >= 90, "PREFETCH": config.prefetch,
         "BASE_PRECISION": "ieee", "LOW_RANK_PRECISION": "tf32x3" if mixed else "ieee",
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_R": config.block_r,
