@@ -23,7 +23,18 @@ def _linear(in_features, out_features, rank, dtype=BF16, bias=False):
     return layer
 
 
-def draw_members(form="qkv", dtype=BF16):
+def draw_members(form="qkv", dtype=BF16, frozen=False):
+    members = _members(form, dtype)
+    for member in members:
+        member.requires_grad_(not frozen)
+    return members
+
+
+def adapters_of(members):
+    return [B for member in members if isinstance(member, DualLoRALinear) for B in member.lora_B.values()]
+
+
+def _members(form, dtype):
     if form == "qkv":
         return [_linear(48, out, BOTH, dtype, bias=True) for out in (40, 16, 16)]
     if form == "gate_up":

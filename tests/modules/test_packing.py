@@ -2,14 +2,24 @@
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
-from packed_groups import BF16, FORMS, FP16, assert_right, draw_members, projections_of, run, storages
+from packed_groups import (
+    BF16,
+    FORMS,
+    FP16,
+    adapters_of,
+    assert_right,
+    draw_members,
+    projections_of,
+    run,
+    storages,
+)
 from torch import nn
 
 from twn_kernels.impl.blas import panels
-from twn_kernels.modules import DualLoRALinear
 from twn_kernels.modules.packing import PackedGroup
 from twn_kernels.ops import RoutePlan, dual_lora_group
 from twn_kernels.testing.oracle import assert_as_good_as_torch
@@ -22,8 +32,8 @@ def _live_bytes():
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_round_trip(form, dtype):
-    members = draw_members(form, dtype)
+def test_round_trip(form, dtype, draw):
+    members = draw(form, dtype)
     before = [(id(m.weight), m.weight.detach().clone(), m.weight.requires_grad) for m in members]
     hooks = [len(m._state_dict_hooks) for m in members]
     group = PackedGroup(members)
@@ -42,31 +52,61 @@ def test_round_trip(form, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_there_is_one_copy_of_each_weight(form):
-    members = draw_members(form)
+def test_there_is_one_copy_of_each_weight_and_adapter(form):
+    members = draw_members(form, frozen=True)
     everything = _live_bytes()
-    weights = sum(storages(m.weight for m in members).values())
     group = PackedGroup(members)
-    packed = sum(storages(m.weight for m in members).values())
-    assert packed - weights == group.added_bytes - 2 * group._plan.pitch
-    assert _live_bytes() - everything == group.added_bytes
-    shadow = sum(m.lora_B[name].numel() * 2 for m in members if isinstance(m, DualLoRALinear) for name in m.lora_B)
-    assert group.added_bytes >= shadow
+    assert _live_bytes() - everything == group.added_bytes == _padding(group)
+    group.unshare()
+    shadows = sum(B.nbytes for B in adapters_of(members))
+    assert _live_bytes() - everything == group.added_bytes == _padding(group) + shadows
     group.remove()
     assert _live_bytes() == everything
 
 
+def _padding(group):
+    """Bytes that a group adds where every ``lora_B`` is shared: zeros between the blocks, and the flags."""
+    plan = group._plan
+    held = sum(plan.outputs) * plan.in_features
+    held += sum(out * sum(ranks) for out, ranks in zip(plan.outputs, plan.ranks, strict=True))
+    return 2 * (sum(panel.numel for panel in plan.panels) - held) + 2 * plan.pitch
+
+
 def test_what_a_pitch_costs_on_real_shapes():
-    """At rank 64 the layout of an 8B model has no padding: shadow and one line of flags a group are all it adds."""
+    """At rank 64 the layout of an 8B model has no padding, but for what k and v leave empty beside one another."""
     for outputs, features in (((4096, 1024, 1024), 4096), ((4096,), 4096), ((12288, 12288), 4096), ((4096,), 12288)):
         plan = panels.layout(features, outputs, ((64, 64),) * len(outputs))
         weights, zeros = sum(outputs) * features, 2 * 1024 * 128 if len(outputs) == 3 else 0
         assert sum(panel.numel for panel in plan.panels) == weights + sum(outputs) * 128 + zeros
 
 
+@pytest.mark.parametrize(
+    "hidden, attention, inner",
+    [(4096, (4096, 1024, 1024), 12288), (2560, (4096, 1024, 1024), 9728), (2048, (2048, 1024, 1024), 6144)],
+    ids=["8B", "4B", "2B"],
+)
+def test_packing_adds_at_most_one_percent(hidden, attention, inner):
+    """Of the bytes of the base weights, beyond the adapters: what ``added_bytes`` counts, on sizes of real models."""
+    sites = ((hidden, attention), (attention[0], (hidden,)), (hidden, (inner, inner)), (inner, (hidden,)))
+    base = 2 * sum(features * sum(outputs) for features, outputs in sites)
+    plans = [panels.layout(features, outputs, ((64, 64),) * len(outputs)) for features, outputs in sites]
+    added = sum(_padding(SimpleNamespace(_plan=plan)) for plan in plans)
+    assert 0 < added <= base / 100
+
+
+def _sees_like_off_a_cpu(monkeypatch, group):
+    """Take away the habit of looking in every call; returns a list that grows with every look."""
+    columns, looks, real = group._columns, [], group._columns.update
+    columns.is_blind = False
+    monkeypatch.setattr(
+        columns, "update", lambda *a, **k: (looks.append(1), real(*a, **k), setattr(columns, "is_blind", False))
+    )
+    return looks
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_adapters_that_change_in_place_are_seen(form):
-    members = draw_members(form)
+def test_adapters_that_change_in_place_are_seen(form, draw):
+    members = draw(form)
     group = PackedGroup(members)
     group.panels()
     for change in (
@@ -82,16 +122,12 @@ def test_adapters_that_change_in_place_are_seen(form):
 
 
 @torch.no_grad()
-def test_only_what_the_host_sees_is_copied_again(monkeypatch):
+def test_only_what_the_host_sees_is_copied_again(monkeypatch, draw):
     """Off a CPU, an unchanged adapter costs nothing: the shadow is filled when a version or an address changes."""
-    members = draw_members()
+    members = draw()
     group = PackedGroup(members)
     group.panels()
-    fills, real = [], group._update
-    monkeypatch.setattr(
-        group, "_update", lambda *args: (fills.append(1), real(*args), setattr(group, "_always", False))
-    )
-    group._always = False
+    fills = _sees_like_off_a_cpu(monkeypatch, group)
     group.panels()
     assert not fills
     members[1].lora_B["reasoning"].add_(1.0)
@@ -107,8 +143,7 @@ def test_an_optimizer_that_steps_through_data_is_followed(monkeypatch):
     """As some do; the host sees nothing of it, on a CPU neither once the habit of looking is taken away."""
     members = draw_members()
     group = PackedGroup(members)
-    real = group._update
-    monkeypatch.setattr(group, "_update", lambda *args: (real(*args), setattr(group, "_always", False)))
+    _sees_like_off_a_cpu(monkeypatch, group)
     for _ in range(2):
         group.panels()
         members[1].lora_B["reasoning"].data.add_(1.0)
@@ -119,8 +154,8 @@ def test_an_optimizer_that_steps_through_data_is_followed(monkeypatch):
         assert torch.equal(group.panels()[2], kept), "between two calls without gradients it is not seen"
 
 
-def test_adapters_of_another_rank_or_dtype():
-    members = draw_members("gate_up")
+def test_adapters_of_another_rank_or_dtype(draw):
+    members = draw("gate_up")
     group = PackedGroup(members)
     added = group.added_bytes
     for member in members:
@@ -137,8 +172,8 @@ def test_adapters_of_another_rank_or_dtype():
     assert_right(members, group)
 
 
-def test_a_bad_adapter_stays_with_the_rows_that_use_it_and_heals():
-    members = draw_members()
+def test_a_bad_adapter_stays_with_the_rows_that_use_it_and_heals(draw):
+    members = draw()
     group = PackedGroup(members)
     clean = run(members, group.panels())
     assert len(group.panels()) == 3, "key and two panels: all adapters are finite"
@@ -156,8 +191,8 @@ def test_a_bad_adapter_stays_with_the_rows_that_use_it_and_heals():
     assert all(torch.equal(a, b) for a, b in zip(clean, run(members, group.panels()), strict=True))
 
 
-def test_weights_that_were_replaced_are_packed_again():
-    members = draw_members()
+def test_weights_that_were_replaced_are_packed_again(draw):
+    members = draw()
     group = PackedGroup(members)
     members[0].weight = nn.Parameter(torch.randn(40, 48).to(BF16))
     assert_right(members, group)
@@ -166,8 +201,8 @@ def test_weights_that_were_replaced_are_packed_again():
     assert not members[2].weight.is_contiguous()
 
 
-def test_weights_that_lie_in_memory_of_others_are_left_there():
-    members = draw_members("gate_up")
+def test_weights_that_lie_in_memory_of_others_are_left_there(draw):
+    members = draw("gate_up")
     group = PackedGroup(members)
     flat = torch.randn(2 * 56 * 48).to(BF16)
     for i, member in enumerate(members):
@@ -178,8 +213,8 @@ def test_weights_that_lie_in_memory_of_others_are_left_there():
     assert not any(member.weight.any() for member in members)
 
 
-def test_values_that_are_loaded_in_place_are_seen():
-    members = nn.ModuleList(draw_members())
+def test_values_that_are_loaded_in_place_are_seen(draw):
+    members = nn.ModuleList(draw())
     group = PackedGroup(list(members))
     state = {name: torch.randn(value.shape).to(BF16) for name, value in members.state_dict().items()}
     members.load_state_dict(state)
@@ -188,15 +223,15 @@ def test_values_that_are_loaded_in_place_are_seen():
     assert_right(list(members), group)
 
 
-def test_values_that_are_assigned_are_packed_again():
-    members = nn.ModuleList(draw_members())
+def test_values_that_are_assigned_are_packed_again(draw):
+    members = nn.ModuleList(draw())
     group = PackedGroup(list(members))
     members.load_state_dict({n: torch.randn(v.shape).to(BF16) for n, v in members.state_dict().items()}, assign=True)
     assert_right(list(members), group)
 
 
-def test_moving_to_another_dtype_and_back_frees_the_panels():
-    members = nn.ModuleList(draw_members())
+def test_moving_to_another_dtype_and_back_frees_the_panels(draw):
+    members = nn.ModuleList(draw())
     group = PackedGroup(list(members))
     packed = set(storages(m.weight for m in members))
     members.float()
@@ -223,8 +258,8 @@ def test_moving_to_another_dtype_and_back_frees_the_panels():
     ],
     ids=["fp32", "tied", "fp32-adapters", "two-dtypes", "meta", "in_features", "transposed", "odd-adapter"],
 )
-def test_what_cannot_be_packed_says_why_and_stays(change, reason):
-    members = draw_members()
+def test_what_cannot_be_packed_says_why_and_stays(change, reason, draw):
+    members = draw()
     change(members)
     weights = [(m.weight.stride(), m.weight.device.type) for m in members]
     group = PackedGroup(members)
@@ -238,8 +273,8 @@ def test_no_adapters_no_panels():
     assert group.reason == "no adapters" and group.panels() == () and linear.weight.is_contiguous()
 
 
-def test_no_memory_leaves_the_group_as_it_was(monkeypatch):
-    members = draw_members()
+def test_no_memory_leaves_the_group_as_it_was(monkeypatch, draw):
+    members = draw()
     real = torch.empty
 
     def full(*args, **kwargs):
@@ -252,10 +287,10 @@ def test_no_memory_leaves_the_group_as_it_was(monkeypatch):
     assert_right(members, group, packs=False)
 
 
-def test_traced_code_and_modes_get_nothing():
+def test_traced_code_and_modes_get_nothing(draw):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    members = draw_members()
+    members = draw()
     group = PackedGroup(members)
     seen = []
 
@@ -284,8 +319,8 @@ def _gradients(members, x, impl, packed=(), then=lambda: None):
     return torch.autograd.grad(outputs, leaves, pulls)
 
 
-def test_under_inference_mode_and_later_in_training():
-    members = draw_members("gate_up")
+def test_under_inference_mode_and_later_in_training(draw):
+    members = draw("gate_up")
     with torch.inference_mode():
         group = PackedGroup(members)
         run(members, group.panels())
@@ -298,8 +333,8 @@ def test_under_inference_mode_and_later_in_training():
         assert_as_good_as_torch(grad, exact, torchs)
 
 
-def test_adapters_made_in_inference_mode_are_looked_at_in_every_call():
-    members = draw_members("down")
+def test_adapters_made_in_inference_mode_are_looked_at_in_every_call(draw):
+    members = draw("down")
     with torch.inference_mode():
         members[0].lora_B["reasoning"] = nn.Parameter(torch.randn(40, 8).to(BF16), requires_grad=False)
     group = PackedGroup(members)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from packed_groups import BF16, FORMS, assert_right, draw_members, run, storages
+from packed_groups import BF16, FORMS, adapters_of, assert_right, run, storages
 from torch import nn
 
 from twn_kernels.impl.blas import panels
@@ -15,31 +15,35 @@ from twn_kernels.modules.packing import PackedGroup
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("form", FORMS)
-def test_copies_are_whole_and_their_own(form, how):
-    members = draw_members(form)
+def test_copies_are_whole_and_their_own(form, how, draw):
+    members = draw(form)
     group = PackedGroup(members)
     expected = run(members, group.panels())
     copied, twin = _copied((members, group), how)
     assert twin.added_bytes == 0 and "copied" in twin.reason
     assert_right(copied, twin)
     assert twin.added_bytes == group.added_bytes
-    assert not set(storages(m.weight for m in members)) & set(storages(m.weight for m in copied))
+    mine, theirs = (storages(p for m in many for p in m.parameters()) for many in (members, copied))
+    assert not mine.keys() & theirs.keys() and sum(mine.values()) == sum(theirs.values())
     with torch.no_grad():
-        copied[0].weight.zero_()
+        for p in (copied[0].weight, *adapters_of(copied)):
+            p.zero_()
     assert all(torch.equal(a, b) for a, b in zip(expected, run(members, group.panels()), strict=True))
     twin.remove()
-    assert all(m.weight.is_contiguous() and not m._state_dict_hooks for m in copied)
+    assert all(p.is_contiguous() for m in copied for p in m.parameters())
+    assert not any(module._state_dict_hooks for m in copied for module in m.modules())
     assert all(not m.weight.is_contiguous() and m._state_dict_hooks for m in members)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_a_copy_that_never_ran_can_be_removed(how):
-    members = draw_members()
+def test_a_copy_that_never_ran_can_be_removed(how, draw):
+    members = draw()
     copied, twin = _copied((members, PackedGroup(members)), how)
     twin.remove()
     for mine, theirs in zip(members, copied, strict=True):
-        assert theirs.weight.is_contiguous() and torch.equal(mine.weight, theirs.weight)
-        assert theirs.weight.untyped_storage().nbytes() == theirs.weight.numel() * 2
+        for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert other.is_contiguous() and torch.equal(one, other)
+            assert other.untyped_storage().nbytes() == other.numel() * 2
 
 
 def _copied(value, how):
@@ -54,10 +58,12 @@ def _copied(value, how):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_state_dicts_are_contiguous_and_no_larger(form):
-    members = nn.ModuleList(draw_members(form))
+def test_state_dicts_are_contiguous_and_no_larger(form, draw):
+    members = nn.ModuleList(draw(form))
     plain = copy.deepcopy(members)
-    PackedGroup(list(members))
+    group = PackedGroup(list(members))
+    assert members[0].lora_B.state_dict().keys() == members[0].lora_B._parameters.keys()
+    assert all(value.is_contiguous() for value in members[0].lora_B.state_dict().values())
     state = members.state_dict()
     assert list(state) == list(plain.state_dict())
     assert all(value.is_contiguous() and torch.equal(value, plain.state_dict()[name]) for name, value in state.items())
@@ -69,12 +75,14 @@ def test_state_dicts_are_contiguous_and_no_larger(form):
     assert sizes[0] == sizes[1]
     kept = members.state_dict(keep_vars=True)
     assert all(kept[name] is parameter for name, parameter in members.named_parameters())
+    group.remove()
+    assert not any(module._state_dict_hooks for module in members.modules())
 
 
-def test_safetensors_saves_and_loads_models(tmp_path):
+def test_safetensors_saves_and_loads_models(tmp_path, draw):
     from safetensors.torch import load_file, load_model, save_model
 
-    members = nn.ModuleList(draw_members())
+    members = nn.ModuleList(draw())
     group = PackedGroup(list(members))
     save_model(members, tmp_path / "packed.safetensors")
     saved = load_file(tmp_path / "packed.safetensors")
@@ -107,7 +115,7 @@ def test_transformers_saves_the_base_it_had(tmp_path):
 
     plain, model = (tiny_model("qwen2_5_vl", dtype=BF16) for _ in "ab")
     weights = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
-    groups = _groups(patch(model, rank=4, fuse=False))
+    groups = _groups(patch(model, rank=4, fuse=False).requires_grad_(False))
     plain.save_pretrained(tmp_path / "plain")
     model.save_pretrained(tmp_path / "packed", max_shard_size="60kB")
     expected = load_file(tmp_path / "plain" / "model.safetensors")
@@ -133,8 +141,12 @@ def test_peft_saves_and_merges_as_before(tmp_path):
     config.target_modules = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
     model = get_peft_model(base, config, adapter_name="reasoning", autocast_adapter_dtype=False)
     model.add_adapter("embedding", config, autocast_adapter_dtype=False)
+    model.requires_grad_(False)
     twin = copy.deepcopy(model)
     groups = _groups(patch(model, fuse=False))
+    assert all(
+        not p.is_contiguous() for name, p in model.named_parameters() if "language_model" in name and "lora_B" in name
+    )
     for name, saved in (("plain", twin), ("packed", model)):
         saved.save_pretrained(tmp_path / name)
     for adapter in ("reasoning", "embedding"):
@@ -150,3 +162,23 @@ def test_peft_saves_and_merges_as_before(tmp_path):
     key, panel, *_ = groups[0].panels()
     left = panels.layout_of(key).left
     assert torch.equal(panel[:, left : left + weight.shape[1]], weight), "merged weights are multiplied, too"
+
+
+@torch.no_grad()
+def test_copies_for_a_checkpoint_are_the_model():
+    """As without packing, what ``adapters_of`` gives is the model's memory, and saves."""
+    from twn_kernels import Checkpoint, patch
+    from twn_kernels.patching import adapters_of as exported
+    from twn_kernels.testing.tiny_models import tiny_model
+
+    model = patch(tiny_model("qwen2_5_vl", dtype=BF16), rank=4).requires_grad_(False)
+    block = model.model.language_model.layers[0]
+    layer = block.mlp.up_proj
+    block.site_groups["gate_up"].pack([block.mlp.gate_proj, layer])
+    assert not layer.lora_B["reasoning"].is_contiguous()
+    adapters = exported(model)
+    path = next(path for path in adapters["reasoning"].layers if path.endswith("layers.0.mlp.up_proj"))
+    Checkpoint(adapters)
+    layer.lora_B["reasoning"].fill_(3.0)
+    block.site_groups["gate_up"].packing.panels()
+    assert adapters["reasoning"].layers[path].B.eq(3.0).all()

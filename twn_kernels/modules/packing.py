@@ -1,9 +1,10 @@
-"""``PackedGroup``: the base weights of one site group moved into panels, beside a shadow of their adapters' ``lora_B``.
+"""``PackedGroup``: the base weights of one site group moved into panels, beside their adapters' ``lora_B``.
 
 The vendor GEMM then multiplies base and adapters in one product that copies no weight. Parameters stay the same
 objects: only their memory moves, one panel at a time, and a pitched view of a panel takes its place. What may happen to
 a model afterwards (moved, cast, copied, loaded, saved, an adapter changed or replaced) is noticed here, from what the
-host can see; what no longer fits is packed anew or left alone, and never multiplied.
+host can see; what no longer fits is packed anew or left alone, and never multiplied. What the columns of ``lora_B``
+hold is :mod:`.shadows`' business.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twn_kernels.modules.shadows import AdapterColumns, leave_panel
 from twn_kernels.ops import Projection
 from twn_kernels.ops.choice import load
 
@@ -50,23 +52,32 @@ class PackedGroup:
         members: one to three linears that read the same input, in the order of the call: ``nn.Linear``, or layers that
             offer ``site_projection()``.
 
-    ``state_dict()`` gives contiguous copies of packed weights, since a pitched view would be refused or saved with its
-    whole panel. They cost the memory of those weights while the state dict lives, and writing into them does not reach
-    the model (``load_state_dict``, and ``state_dict(keep_vars=True)``, do).
+    Packing moves every ``lora_B`` that is finite, and alone in its memory, into the panels as well: the same parameter
+    as a pitched view, *shared* between model and panel. It gets contiguous memory of its own for good, and its columns
+    a copy, when it gets a gradient and in the first call that finds it edited, or that may be part of training (grad
+    mode, and it requires grad); until the weights are packed anew, or :meth:`share` is called. A ``lora_B`` on a CPU is
+    shared only while it requires no grad: torch's fused optimizers would step it as if it were contiguous. Views of its
+    memory that were taken before either move do not follow it.
+
+    ``state_dict()`` gives contiguous copies of packed weights and of every shared ``lora_B``, since a pitched view
+    would be refused or saved with its whole panel. They cost the memory of those tensors while the state dict lives,
+    and writing into them does not reach the model (``load_state_dict``, and ``state_dict(keep_vars=True)``, do).
 
     An edit of ``lora_B`` through ``.data`` leaves no trace that the host could see, so calls that may be part of
-    training, and the first one after them, look at every ``lora_B`` anew; calls on a CPU always do. On a GPU, call
-    :meth:`refresh` after such an edit between two calls without gradients. Every other edit is seen.
+    training, and the first one after them, look at every ``lora_B`` that requires grad anew; calls on a CPU always look
+    at all. On a GPU, call :meth:`refresh` after such an edit between two calls without gradients. Every other edit is
+    seen.
     """
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         self._members = tuple(members)
         self._places: dict[int, tuple] = {}  # where each weight was left, as _place
+        self._columns: AdapterColumns | None = None
+        self._strays: list[tuple[nn.Parameter, int]] = []  # each lora_B that a copy may have left in a panel, and where
         self._owed = False
         self._forget(None)
         for linear in self._linears():
-            if _contiguous_weight not in linear._state_dict_hooks.values():
-                linear.register_state_dict_post_hook(_contiguous_weight)
+            _add_hook(linear)
         projections = self._projections()
         if (seen := _seen(projections)) is None:
             self._forget("a weight or adapter is no plain tensor")
@@ -81,34 +92,34 @@ class PackedGroup:
     @property
     def is_clean(self) -> bool:
         """Whether every ``lora_B`` is known to be finite, so that calls need not ask which is not."""
-        return self._clean
+        return self._columns is not None and self._columns.is_clean
 
     @property
     def is_settling(self) -> bool:
         """Whether :attr:`is_clean` awaits an answer of the device."""
-        return self._pending is not None
+        return self._columns is not None and self._columns.is_settling
 
     def shadowed(self) -> list[Tensor]:
-        """Every ``lora_B`` that has a shadow here."""
-        if self._plan is None:
-            return []
-        return [lora.B for projection in self._projections() for lora in projection[2:] if lora is not None]
+        """Every ``lora_B`` that has columns here: its shadow, or itself."""
+        return [] if self._plan is None else [B for B in _adapters(self._projections()) if B is not None]
 
     @property
     def added_bytes(self) -> int:
-        """What packing added: the shadow of every ``lora_B``, and columns that pad rows to whole cache lines."""
+        """What packing added: columns that pad, and a shadow of every ``lora_B`` that is not shared."""
         if self._plan is None:
             return 0
-        weights = sum(self._plan.outputs) * self._plan.in_features
+        moved = sum(self._plan.outputs) * self._plan.in_features + sum(B.numel() for B in self._columns.shared)
         panels = sum(panel.numel for panel in self._plan.panels)
-        return (panels - weights) * self._key.element_size() + self._bits.numel() + self._poison.numel()
+        return (panels - moved) * self._key.element_size() + self._columns.flag_bytes
 
     def panels(self, projections: Sequence[Projection] | None = None) -> tuple[Tensor, ...]:
         """What to pass as ``packed``: tensors in the form of ``impl="blas"``, up to date, or () where nothing fits.
 
-        Never waits for a device. Under CUDA graph capture the shadow is brought up to date as part of the graph, so
-        that replays see what the adapters hold by then, unless :func:`steady_shadows` says that they need not. Traced
-        code gets ().
+        Waits for the device only where it packs. Under CUDA graph capture shadows are brought up to date as part of the
+        graph, so that replays see what the adapters hold by then, unless :func:`steady_shadows` says that they need
+        not. A shared ``lora_B`` needs none of that: a graph reads the parameter itself, so replays follow edits until
+        a call finds one; from then on call this before a replay, as with :func:`steady_shadows`. To have the graph
+        copy it instead, call :meth:`unshare` before the capture. Traced code gets ().
 
         Args:
             projections: of the members with all of their adapters, where the caller has them already.
@@ -119,54 +130,81 @@ class PackedGroup:
         seen = _seen(projections)
         if seen is None:
             return ()
-        device = projections[0].weight.device
+        device, columns = projections[0].weight.device, self._columns
+        trains = torch.is_grad_enabled() and any(B is not None and B.requires_grad for B in _adapters(projections))
+        is_fresh = seen == self._fresh and not (columns is not None and columns.is_blind)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing and _STEADY.get() and seen == self._fresh and not self._always and not self.is_settling:
+        if capturing and _STEADY.get() and is_fresh and not self.is_settling:
             capturing = False
-        elif seen != self._fresh or self._always or capturing:
-            self._prepare(projections, seen, capturing)
-        elif self._pending is not None:
-            self._settle()
-        if self._plan is None or (capturing and seen[0] != self._weights):
+        elif not is_fresh or capturing or trains:
+            self._prepare(projections, seen, trains, capturing)
+            columns = self._columns
+        elif self.is_settling:
+            columns.settle()
+        if self._plan is None:
             return ()
-        if torch.is_grad_enabled() and any(
-            lora is not None and lora.B.requires_grad for p in projections for lora in p[2:]
-        ):
+        if capturing and (seen[0] != self._weights or not columns.are_intact(_adapters(projections))):
+            return ()
+        if trains:
             self._fresh = None  # an optimizer may step through .data, which the host does not see
         views = _storages(self._plan, projections)
-        return (self._key, *views) if self._clean and not capturing else (self._key, *views, self._poison)
+        is_known = columns.is_clean and not (capturing and columns.has_shadows)
+        return (self._key, *views) if is_known else (self._key, *views, columns.poison)
+
+    def share(self) -> None:
+        """Let every ``lora_B`` live in the panels again that may, such as after training. Waits for the device."""
+        projections = self._projections()
+        seen = _seen(projections)
+        if self._plan is not None and seen is not None and (seen[0], _kinds(seen[1])) == (self._weights, self._kinds):
+            self._share(projections)
+            self._fresh = None
+
+    def unshare(self) -> None:
+        """Give every ``lora_B`` contiguous memory of its own; the parameters stay the same objects."""
+        if self._columns is not None:
+            self._columns.leave()
+        for parameter, address in self._strays:
+            leave_panel(parameter, address)
+        self._strays = []
 
     def refresh(self) -> None:
-        """Bring the shadow of every ``lora_B`` up to date in the next call, whatever the host has seen."""
+        """Have the next call look at every ``lora_B``, whatever the host has seen; none is shared from here on."""
+        self.unshare()
         self._fresh = None
 
     def remove(self) -> None:
-        """Put the weights back into contiguous memory of their own; the parameters stay the same objects."""
+        """Put weights and adapters back into contiguous memory of their own; the parameters stay the same objects."""
         for index, linear in enumerate(self._linears()):
-            _drop_hook(linear)
             weight = linear._parameters.get("weight")
             if index in self._places and weight is not None and weight.stride()[:1] == self._places[index][1:2]:
                 with torch.inference_mode(False), torch.no_grad():
                     weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        for module in (module for member in self._members for module in member.modules()):
+            _drop_hook(module)
         self._members, self._places = (), {}
         self._forget("removed")
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters have memory of their own: it packs them in its first call.
-        return {"members": self._members, "places": self._places, "reason": self._reason}
+        shared = [parameter for parameter, _ in self._strays]
+        shared += [] if self._columns is None else self._columns.shared
+        return {"members": self._members, "places": self._places, "reason": self._reason, "shared": shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._members, self._places = state["members"], state["places"]
         self._owed = bool(self._members)
-        self._forget(state["reason"] or "copied; packs when it is used")
+        self._columns, self._strays = None, [(parameter, parameter.data_ptr()) for parameter in state["shared"]]
+        self._reset(state["reason"] or "copied; packs when it is used")
 
     def _forget(self, reason: str | None) -> None:
-        """Back to not packed; weights stay where they are."""
+        """Back to not packed; weights stay where they are, adapters do not."""
+        self.unshare()
+        self._reset(reason)
+
+    def _reset(self, reason: str | None) -> None:
         self._reason = reason
-        self._plan = self._key = self._bits = self._poison = None
+        self._plan = self._key = self._columns = None
         self._weights = self._kinds = self._fresh = None
-        self._always, self._clean = False, False
-        self._pending = self._flag = None
 
     def _linears(self) -> Iterator[nn.Module]:
         """The modules that own the weights: PEFT's layers keep theirs one level down."""
@@ -180,17 +218,18 @@ class PackedGroup:
             for member in self._members
         ]
 
-    def _prepare(self, projections: Sequence[Projection], seen: tuple, capturing: bool) -> None:
-        """Pack anew where weights or layout changed; bring the shadow up to date."""
+    def _prepare(self, projections: Sequence[Projection], seen: tuple, trains: bool, capturing: bool) -> None:
+        """Pack anew where weights or layout changed; bring the shadows up to date."""
         if seen[0] != self._weights or _kinds(seen[1]) != self._kinds:
             if capturing:
                 return
             self._pack(projections, seen)
-            seen = (self._weights, seen[1])
         if self._plan is not None:
-            self._update(projections, seen, capturing)
-        elif not capturing:
-            self._fresh = seen
+            with torch.no_grad():
+                storages = _storages(self._plan, projections)
+                self._columns.update(storages, _adapters(projections), trains=trains, capturing=capturing)
+        if not capturing:
+            self._fresh = _seen(projections)
 
     def _pack(self, projections: Sequence[Projection], seen: tuple, anew: bool = False) -> None:
         """Move the weights, or note why not; a refusal stands until the host sees a change."""
@@ -210,14 +249,12 @@ class PackedGroup:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._move(plan, panels, weights)
-                self._key, self._bits = panels.key(plan, weights[0]), panels.adapter_bits(plan, weights[0].device)
-                self._poison = torch.zeros_like(self._bits)
-                if weights[0].is_cuda:
-                    self._flag = torch.zeros(1, dtype=torch.bool, pin_memory=True)
-        except torch.OutOfMemoryError:
-            self._reason = "no memory for another panel"
-        else:
+                self._key, self._columns = panels.key(plan, weights[0]), AdapterColumns(plan, weights[0])
             self._plan = plan
+            self._share(projections)
+        except torch.OutOfMemoryError:
+            self._forget("no memory for another panel")
+            self._kinds = _kinds(seen[1])
         self._weights = tuple(_place(weight) for weight in weights)
 
     def _move(self, plan, panels, weights: Sequence[nn.Parameter]) -> None:
@@ -241,42 +278,31 @@ class PackedGroup:
                 return "a weight is a view of memory that is not its own"
         return None
 
-    def _update(self, projections: Sequence[Projection], seen: tuple, capturing: bool) -> None:
-        """Refresh the shadow, and find out whether all of it is finite without waiting for the answer."""
-        B = [None if lora is None else lora.B for projection in projections for lora in projection[2:]]
-        with torch.no_grad():
-            storages = _storages(self._plan, projections)
-            load("blas").panels.fill_adapters_(self._plan, storages, B, self._bits, self._poison)
-            if capturing:  # recorded, not run: what the host knew stays true
-                return
-            self._fresh, self._clean, self._pending = seen, False, None
-            # The host cannot tell whether an inference tensor changed; on a CPU, looking costs no more than copying.
-            self._always = self._flag is None or any(adapter is not None and adapter[0] is None for adapter in seen[1])
-            if self._flag is None:
-                self._clean = not self._poison.any()
-                return
-            self._flag.copy_(self._poison.any(), non_blocking=True)
-            self._pending = torch.cuda.Event()
-            self._pending.record(torch.cuda.current_stream(self._poison.device))
-
-    def _settle(self) -> None:
-        """Take the answer of :meth:`_update` if it has arrived; until then, other streams must wait for the shadow."""
-        if self._pending.query():
-            self._clean, self._pending = not self._flag.item(), None
-        else:
-            self._pending.wait(torch.cuda.current_stream(self._poison.device))
+    def _share(self, projections: Sequence[Projection]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._columns.share(_storages(self._plan, projections), _adapters(projections))
+        shared = {id(parameter) for parameter in self._columns.shared}
+        for module in (module for member in self._members for module in member.modules()):
+            if any(id(parameter) in shared for parameter in module._parameters.values()):
+                _add_hook(module)
 
 
-def _contiguous_weight(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """State-dict hook: a contiguous copy instead of a view of a panel; ``keep_vars=True`` still gives the parameter."""
-    weight = state_dict.get(f"{prefix}weight")
-    if type(weight) is Tensor and not weight.is_contiguous():
-        state_dict[f"{prefix}weight"] = weight.contiguous()
+def _contiguous_parameters(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """State-dict hook: contiguous copies instead of views of a panel; ``keep_vars=True`` still gives the parameters."""
+    for name in module._parameters:
+        tensor = state_dict.get(f"{prefix}{name}")
+        if type(tensor) is Tensor and not tensor.is_contiguous():
+            state_dict[f"{prefix}{name}"] = tensor.contiguous()
 
 
-def _drop_hook(linear: nn.Module) -> None:
-    for key in [key for key, hook in linear._state_dict_hooks.items() if hook is _contiguous_weight]:
-        del linear._state_dict_hooks[key]
+def _add_hook(module: nn.Module) -> None:
+    if _contiguous_parameters not in module._state_dict_hooks.values():
+        module.register_state_dict_post_hook(_contiguous_parameters)
+
+
+def _drop_hook(module: nn.Module) -> None:
+    for key in [key for key, hook in module._state_dict_hooks.items() if hook is _contiguous_parameters]:
+        del module._state_dict_hooks[key]
 
 
 def _is_plain_eager() -> bool:
@@ -292,6 +318,11 @@ def _storages(plan: Any, projections: Sequence[Projection]) -> list[Tensor]:
         torch.as_strided(projections[panel.projections[0]].weight.data, (panel.rows, panel.pitch), (panel.pitch, 1), 0)
         for panel in plan.panels
     ]
+
+
+def _adapters(projections: Sequence[Projection]) -> list[Tensor | None]:
+    """``lora_B`` of each block of the layout."""
+    return [None if lora is None else lora.B for projection in projections for lora in projection[2:]]
 
 
 def _place(weight: Tensor) -> tuple:

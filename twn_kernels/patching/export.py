@@ -23,7 +23,8 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
         model: patched, from a checkpoint or with fresh adapters.
 
     Returns:
-        by name, as they are now; the tensors share the model's memory. Adapters that came from a checkpoint keep its
+        by name, as they are now; the tensors share the model's memory, so every ``lora_B`` that lies in a panel of
+        packed weights gets memory of its own first. Adapters that came from a checkpoint keep its
         configuration and its names of layers.
 
     Raises:
@@ -39,6 +40,10 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     record = require_record(model, "adapters_of")
     if record.kind == "peft":
         raise PatchError("the adapters are PEFT's, which saves them itself: model.save_pretrained(...).")
+    for block in record.blocks.values():
+        for group in block.site_groups.values():
+            if group.packing is not None:
+                group.packing.unshare()
     return {name: _adapter(name, record) for name in ADAPTERS}
 
 

@@ -15,9 +15,10 @@ projection that it does not serve (but for k and v, which share one)::
 Reasoning lies nearest to the input: a batch under it alone multiplies nothing else. A batch under the embedding adapter
 alone does so with one projection, and passes over reasoning's (zeroed) columns with several.
 
-The B columns are a shadow of ``lora_B`` with non-finite entries zeroed, since 0 * NaN would reach rows that do not use
-the adapter; ``poison`` tells which columns were not finite, and rows that use these get NaN through their shrink. In a
-row that uses it, an adapter of k that is not finite makes v NaN too, and the reverse, as they share a product.
+The B columns hold ``lora_B`` itself where that is known to be finite, and else a shadow of it with non-finite entries
+zeroed, since 0 * NaN would reach rows that do not use the adapter; ``poison`` tells which columns were not finite, and
+rows that use these get NaN through their shrink. In a row that uses it, an adapter of k that is not finite makes v NaN
+too, and the reverse, as they share a product.
 
 This file holds the layout (plain numbers), filling, and the products. Who owns panels is not its business.
 """
@@ -170,6 +171,15 @@ def weight_view(plan: Layout, panel: Panel, storage: Tensor, projection: int) ->
     return storage[row : row + plan.outputs[projection], column : column + plan.in_features]
 
 
+def adapter_view(plan: Layout, panels: Sequence[Tensor], block: Block) -> Tensor:
+    """The part of the panels that is one adapter's ``lora_B``, ``[out_features, rank]``."""
+    index = next(i for i, panel in enumerate(plan.panels) if block.projection in panel.projections)
+    panel = plan.panels[index]
+    row = panel.first_row[panel.projections.index(block.projection)]
+    column = block.column - panel.shift
+    return panels[index][row : row + plan.outputs[block.projection], column : column + block.rank]
+
+
 def adapter_bits(plan: Layout, device: torch.device) -> Tensor:
     """int8 ``[plan.pitch]``: the adapter's bit in each column of a shrink, 0 elsewhere."""
     bits = torch.zeros(plan.pitch, dtype=torch.int8)
@@ -186,7 +196,7 @@ def fill_adapters_(
     Args:
         plan: the layout.
         panels: its panels.
-        B: of each block in the order of ``plan.blocks``; None where the rank is 0.
+        B: of each block in the order of ``plan.blocks``; None where the rank is 0 or the panel has itself.
         bits: of :func:`adapter_bits`.
         poison: int8 ``[plan.pitch]``: gets the adapter's bit in each column whose B is not finite, 0 elsewhere.
     """
@@ -194,12 +204,7 @@ def fill_adapters_(
     for block, b in zip(plan.blocks, B, strict=True):
         if b is None or not b.numel():
             continue
-        index = next(i for i, panel in enumerate(plan.panels) if block.projection in panel.projections)
-        panel = plan.panels[index]
-        row = panel.first_row[panel.projections.index(block.projection)]
-        column = block.column - panel.shift
-        target = panels[index][row : row + b.shape[0], column : column + block.rank]
-        torch.nan_to_num(b, 0.0, 0.0, 0.0, out=target)
+        torch.nan_to_num(b, 0.0, 0.0, 0.0, out=adapter_view(plan, panels, block))
         torch.linalg.vector_norm(b, torch.inf, dim=0, out=peaks[block.column : block.column + block.rank])
     # 0 * finite is 0; 0 * inf and 0 * NaN are NaN, which alone differs from itself.
     peaks.mul_(0)
