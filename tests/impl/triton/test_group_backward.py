@@ -156,6 +156,18 @@ def test_base_rows_only(device):
             assert name.startswith(("dx", "dbias")) or (grad == 0).all(), name
 
 
+def test_an_adapter_that_cannot_occur_is_never_read(device):
+    """``present`` decides: routes that name the other adapter, and its NaN weights, change nothing."""
+    inputs = GroupInputs(GroupProblem(19, 24, (16, 12), ((4, 3), (2, 2)), FP32, "reasoning"), device)
+    dy, s = _dy(inputs), _s(inputs)
+    expected = _named(triton.group_backward(*_arguments(inputs, dy, s)))
+    inputs.routes = inputs.routes | 2
+    for adapter in (*inputs.A_e, *inputs.B_e):
+        adapter.fill_(NAN)
+    for name, grad in _named(triton.group_backward(*_arguments(inputs, dy, s))).items():
+        assert torch.equal(grad, expected[name]), name
+
+
 @pytest.mark.parametrize("present", [1, 3])
 def test_no_routes_means_every_row_takes_what_is_present(present, device):
     inputs = GroupInputs(
@@ -215,6 +227,13 @@ def test_what_is_not_finite_stays_with_its_row_or_its_adapter(problem, bad, devi
         for name in same:
             assert torch.equal(grads[name], clean[name]), name
     assert not grads["dA_r1"].isfinite().any() and not grads["dB_r1"].isfinite().all()
+    good = inputs.x[row].clone()
+    inputs.x[row] = bad
+    grads = _run(inputs, dy)
+    inputs.x[row] = good
+    assert torch.equal(grads["dx"], clean["dx"]) and not grads["dA_r0"].isfinite().any()
+    for name in (f"{kind}{i}" for i in range(len(problem.widths)) for kind in ("dA_e", "dB_e", "dbias")):
+        assert torch.equal(grads[name], clean[name]), name
     for matrices in ("A_r", "A_e", "B_r", "B_e"):
         uses = (inputs.routes & (1 if matrices.endswith("r") else 2)) != 0
         value = getattr(inputs, matrices)[1][1, 1].clone()

@@ -155,6 +155,33 @@ def test_as_good_as_torch(problem, device):
     assert torch.equal(inputs.x, before)
 
 
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("front", ["norm", "gated"])
+def test_the_input_rounds_where_eager_torch_rounds(front, dtype, device):
+    """All but the few elements whose last bit hangs on the order of a sum or on an exponential are the same bits."""
+    inputs = Inputs(Problem(40, 64, ((0, 0),), dtype, front), device).run(s_out=None)
+    eager = inputs.torch_front(dtype)
+    once = inputs.torch_front(FP64).to(dtype)
+    assert (once != eager).float().mean() > 0.1, "rounding once must show here"
+    assert (inputs.written != eager).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("present", [1, 2])
+def test_an_adapter_that_cannot_occur_is_never_read(present, device):
+    """``present`` decides: routes that name the other adapter, and its NaN weights, change nothing."""
+    inputs = Inputs(Problem(9, 40, ((16, 8), (3, 5)), BF16, present=present, routes="both"), device)
+    for a in inputs.A[2 - present :: 2]:
+        a.fill_(NAN)
+    inputs.run()
+    for i, block in enumerate(inputs.blocks):
+        if i % 2 == present - 1:
+            assert_as_good_as_torch(
+                block, inputs.shrink(i, inputs.written, FP64), inputs.shrink(i, inputs.written, FP32).to(BF16), f"s {i}"
+            )
+        else:
+            assert (block == 0).all(), i
+
+
 @pytest.mark.parametrize("front", ["norm", "gated", "plain"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_operands_cut_from_larger_buffers_of_nan(dtype, front, device, cut_from_nan):
