@@ -212,6 +212,7 @@ def test_weights_that_others_read_are_not_moved(monkeypatch):
     x = torch.randn(3, 5, 16, dtype=torch.bfloat16)
     group.run(group.prepare(members, x), x)
     assert group.packing is None and members[0].weight.data_ptr() == flat.data_ptr()
+    assert group.packing_note == "weights not packed (a weight is a view of memory that is not its own)"
 
 
 @pytest.mark.parametrize(("dtype", "impl"), [(torch.float32, "auto"), (torch.bfloat16, "reference")], ids=str)

@@ -70,13 +70,29 @@ class SiteGroup:
         self.site, self.impl = site, impl
         self.packing: PackedGroup | None = None
         self._packed: tuple[nn.Module, ...] = ()
+        self._unpackable: str | None = None
 
     def pack(self, members: Sequence[nn.Module]) -> None:
-        """Move the weights of ``members`` beside their adapters, where the vendor GEMM serves them and can use that."""
-        weight = members[0].weight
+        """Move the weights of ``members`` beside their adapters, where the vendor GEMM serves them and can use that.
+
+        Weights whose memory is part of something larger (a flat, sharded or mapped buffer) stay where they are.
+        """
+        weights = [member.weight for member in members]
         impls = [member.impl for member in members if hasattr(type(member), "site_projection")]
-        if impls and weight.dtype in _HALF and self._serving(impls[0], weight, None) == "blas":
+        if not impls or weights[0].dtype not in _HALF or self._serving(impls[0], weights[0], None) != "blas":
+            return
+        if all(_owns_memory(weight) for weight in weights):
             self.packing, self._packed = PackedGroup(members), tuple(members)
+        else:
+            self._unpackable = "a weight is a view of memory that is not its own"
+
+    @property
+    def packing_note(self) -> str:
+        """Whether the weights are packed, or why not; empty where nothing was to be packed."""
+        reason = self._unpackable if self.packing is None else self.packing.reason
+        if reason is None:
+            return "" if self.packing is None else "weights packed beside lora_B"
+        return f"weights not packed ({reason})"
 
     def packs_on(self, device: torch.device) -> bool:
         """Whether packing pays there: a GPU's GEMM reads a packed weight as it is, a CPU's copies it all the same."""
@@ -86,7 +102,7 @@ class SiteGroup:
         """Put packed weights back into memory of their own."""
         if self.packing is not None:
             self.packing.remove()
-        self.packing, self._packed = None, ()
+        self.packing, self._packed, self._unpackable = None, (), None
 
     def prepare(self, members: Sequence[nn.Module], like: Tensor) -> ReadySite | str:
         """What the group would run with now, or why its linears run one by one.
@@ -157,7 +173,7 @@ class SiteGroup:
         if ready.leader is None or x.dtype not in _HALF or self._serving(ready.impl, x, x.shape[:-1]) != "blas":
             return ()
         if self.packing is None:
-            if not self.packs_on(x.device) or not _may_move(ready.projections):
+            if self._unpackable is not None or not self.packs_on(x.device) or _is_recorded():
                 return ()
             # The model was patched on another device, or in a dtype that is not packed.
             self.pack(ready.members)
@@ -203,17 +219,16 @@ def _foreign(projection: Projection, like: Tensor) -> str | None:
     return None
 
 
-def _may_move(projections: Sequence[Projection]) -> bool:
-    """Whether weights may move to other memory in the middle of a call: nobody else reads theirs, no graph records."""
+def _is_recorded() -> bool:
+    """Whether this call is traced or captured, so that no weight may move in the middle of it."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return False
-    weights = [projection.weight for projection in projections]
-    return all(
-        type(weight) is nn.Parameter and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
-        for weight in weights
-    )
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _owns_memory(weight: Tensor) -> bool:
+    plain = type(weight) is nn.Parameter
+    return plain and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
 
 
 def _used(projection: Projection, plan: RoutePlan | None) -> Projection:

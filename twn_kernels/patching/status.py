@@ -11,7 +11,7 @@ from torch import nn
 
 from twn_kernels.checkpoint.names import collapse
 from twn_kernels.errors import ImplUnavailable, PatchError
-from twn_kernels.modules.site_group import ReadySite, SiteGroup
+from twn_kernels.modules.site_group import ReadySite
 from twn_kernels.ops import LoRA, choice
 from twn_kernels.patching.readiness import CONDITIONS, call_refusal, ready
 from twn_kernels.patching.record import PatchRecord, find_record
@@ -179,7 +179,8 @@ def _sites(record: PatchRecord) -> dict[tuple[str, str], tuple[str, str]]:
             if isinstance(state, str):
                 found[path, site] = ("linear", f"now {state}")
             else:
-                found[path, site] = ("block", _FUSED_AS[site] + _packing_note(block.site_groups[site]))
+                notes = [_FUSED_AS[site], block.site_groups[site].packing_note]
+                found[path, site] = ("block", "; ".join(filter(None, notes)))
     for path in record.blocks:
         # SwiGLU joins the two: neither runs as one call without the other.
         levels = [found[path, site] for site in ("gate_up", "down")]
@@ -193,13 +194,6 @@ def _state(block: nn.Module, site: str, like: torch.Tensor) -> ReadySite | str:
         return call_refusal(like) or ready(block, site, like)
     except PatchError as error:  # what a call would raise now, such as a third adapter that PEFT made active
         return str(error)
-
-
-def _packing_note(group: SiteGroup) -> str:
-    if group.packing is None:
-        return ""  # nothing to say: full-precision weights, a CPU, another implementation
-    reason = group.packing.reason
-    return "; weights packed beside lora_B" if reason is None else f"; weights not packed ({reason})"
 
 
 def _layer_status(path: str, layer: nn.Module, record: PatchRecord, sites: dict) -> LayerStatus:
