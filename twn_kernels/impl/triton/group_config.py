@@ -105,10 +105,10 @@ def _candidates(
     describable: bool,
 ) -> tuple[GroupConfig, ...]:  # fmt: skip
     """Tiles to choose from, the largest first."""
-    if wide:  # plain fp32 multiplies on CUDA cores
+    if wide:  # plain fp32 multiplies on CUDA cores; 16 features a step, as each unaligned element costs an address
         if tokens <= _DECODE_TOKENS:
-            return (GroupConfig(16, 32, 32, 16, num_warps=4, num_stages=3, resident=2),)
-        return (GroupConfig(_EXACT_ROWS, 32 if swiglu else 64, 32, 16, num_warps=8, num_stages=3),)
+            return (GroupConfig(16, 32, 16, 16, num_warps=4, num_stages=3, resident=2),)
+        return (GroupConfig(_EXACT_ROWS, 32 if swiglu else 64, 16, 16, num_warps=8, num_stages=3),)
     if tokens <= _DECODE_TOKENS:
         return _decode_tiles(arch) if base_aligned else (GroupConfig(16, 32, 64, 16, num_warps=4, num_stages=3),)
     if not base_aligned:
