@@ -132,7 +132,8 @@ def _prefill_tiles(
     stages = 3 if arch in _SMALL_SHARED else 4
     # of one accumulator: SwiGLU has two; fp32 adapters that are read element by element take registers from it
     width = 128 >> int(swiglu) >> int(exact and not low_rank_aligned)
-    middle = GroupConfig(128, width, 64, 16, 8, stages, parts=4, descriptors=describable)
+    parts = 4 if exact or arch in (90, 100) else 2  # what leaves no spills, by architecture
+    middle = GroupConfig(128, width, 64, 16, 8, stages, parts=parts, descriptors=describable)
     if arch not in (90, 100) or not describable or not low_rank_aligned or exact:
         return (middle,)
     # registers for the largest tile, shared memory for four stages of it (192 KiB)
