@@ -86,6 +86,21 @@ def test_batch_shape_and_pitched_weights(impl, device, cut_from_nan):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_norm_weight_and_bias_may_have_any_stride(impl, device):
+    args = arguments(GroupCase(5, 32, (24, 8), ((4, 0), (0, 4)), FP32, front="norm", bias=True), device)
+    plan = RoutePlan.uniform("both", 5, device=device)
+
+    def strided(vector):
+        if vector.dim() != 1:
+            return vector
+        return torch.stack([vector, torch.full_like(vector, float("nan"))], dim=1)[:, 0]
+
+    expected = dual_lora_group(**args, plan=plan, impl=impl)
+    for before, after in zip(expected, dual_lora_group(**converted(args, strided), plan=plan, impl=impl), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", ["qkv", "gate_up", "down"])
 def test_nan_stays_where_it_is_used(impl, form, device):
     """A NaN row, and adapters that are all NaN, against the same call without them; every other row bit for bit."""

@@ -97,7 +97,7 @@ def dual_lora_group(
         y = y if residual is None else residual + y
     else:
         added = None if residual is None else residual.reshape(flat.shape[0], residual.shape[-1])
-        weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
+        weight, eps = (None, 0.0) if norm is None else (norm.weight.contiguous(), float(norm.eps))
         y = group_schema.inference(flat, weight, eps, gated, swiglu, added, *layers)
         y = y.view(*lead, y.shape[1])
     if swiglu or not split or len(projections) == 1:
