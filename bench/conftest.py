@@ -19,6 +19,7 @@ from bench.gpu import count
 from bench.shapes import SCALES, cases
 from twn_kernels.benchmarking import environment, results, roofs
 from twn_kernels.benchmarking.measure import Options, PreparedCase, contenders_of
+from twn_kernels.errors import OptionError
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available()
@@ -42,7 +43,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     found = cases(config.option.scale, [metafunc.module.SUITE], layers=config.option.layers)
-    pairs = [(case, contender.name) for case in found for contender in contenders_of(case, _options(config))]
+    try:
+        pairs = [(case, contender.name) for case in found for contender in contenders_of(case, _options(config))]
+    except OptionError as error:
+        raise pytest.Collector.CollectError(str(error)) from None
     metafunc.parametrize("case, contender", pairs, ids=[f"{case.id}-{name}" for case, name in pairs])
 
 

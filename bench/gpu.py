@@ -22,13 +22,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("build", "doctor", "tests")
-USAGE, BROKEN, CRASHED = 2, 3, 4
+USAGE, BROKEN, CRASHED, INTERRUPTED = 2, 3, 4, 130
+STOPPED = "stopped; the same command with --resume goes on from here"
 _MAX_PROCESSES = 40
 _TESTS_SHARE = 0.25  # of the minutes; the measurements are what the run is for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 0: all went well, 1: a result of this package or a check was wrong, 2: wrong usage, or no GPU."""
+    """Run; 0: all well, 1: a result of this package or a check is wrong, 2: wrong usage or no GPU, 130: interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(argv)
     end = time.time() + 60 * options.minutes
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _ in range(_MAX_PROCESSES):
         left = (end - time.time()) / 60
         code = _measuring([*argv, *extra, f"--minutes-left={left:.4f}"])
-        if code in (0, 1, USAGE):
+        if code in (0, 1, USAGE, INTERRUPTED):
             return code
         before, begun = begun, _begun(Path(options.out))
         if begun == before:
@@ -57,6 +58,9 @@ def _measuring(argv: Sequence[str]) -> int:
     process = subprocess.Popen([sys.executable, "-m", "bench.gpu", *argv], env={**os.environ, "PYTHONPATH": path})
     try:
         return process.wait()
+    except KeyboardInterrupt:
+        print(f"\n{STOPPED}", file=sys.stderr, flush=True)
+        return INTERRUPTED
     finally:
         if process.poll() is None:
             process.terminate()
@@ -114,6 +118,8 @@ def work(options: argparse.Namespace, argv: Sequence[str]) -> int:
     except TWNError as error:
         print(f"python -m bench.gpu: {error}", file=sys.stderr)
         return USAGE
+    except KeyboardInterrupt:  # the terminal sends it to the process that started this one too, which says so
+        return INTERRUPTED
     except Exception:
         traceback.print_exc()
         return CRASHED

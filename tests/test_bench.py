@@ -87,6 +87,28 @@ def test_every_stage_runs_on_a_cpu_and_a_killed_run_goes_on(tmp_path, capfd):
     assert one.command.endswith(f"--only {one.case}") and "--scale tiny" in one.command
 
 
+def test_an_interrupt_ends_with_one_sentence_that_says_how_to_go_on(tmp_path):
+    command = [*GPU, *TINY, "--skip", "tests", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell started this in "&"
+    )
+    journal, deadline = tmp_path / "journal.jsonl", time.monotonic() + 120
+    while not (journal.exists() and b'"event": "begin"' in journal.read_bytes()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == gpu.INTERRUPTED
+    assert "Traceback" not in said and said.count(gpu.STOPPED) == 1
+
+
 def test_a_measuring_process_that_dies_is_followed_by_one_that_goes_on(tmp_path, monkeypatch):
     """Deaths by signal, by a broken device and by an exception; and one that gets nowhere."""
     argv = ["--minutes", "1", "--out", str(tmp_path)]
@@ -128,6 +150,12 @@ def test_wrong_options_are_refused_before_anything_runs(tmp_path):
     assert main([*base, "--contender", "our_auto"]) == 2
     assert main([*base, "--only", "no such case"]) == 2
     assert not Path(out).exists()
+
+
+def test_a_contender_that_a_suite_does_not_have_is_one_sentence_under_pytest(tmp_path):
+    done = run(sys.executable, "-m", "pytest", "bench/test_linear.py", "-q", "--contender=our_auto", code=2)
+    said = done.stdout + done.stderr
+    assert "has no contender 'our_auto'" in said and "conftest.py" not in said
 
 
 def test_the_suites_run_under_pytest_benchmark_with_its_own_options(tmp_path):
