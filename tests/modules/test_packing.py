@@ -148,10 +148,25 @@ def test_an_optimizer_that_steps_through_data_is_followed(monkeypatch):
         group.panels()
         members[1].lora_B["reasoning"].data.add_(1.0)
     assert_right(members, group)
+    members[1].lora_B["reasoning"].data.add_(1.0)
     with torch.no_grad():
+        assert_right(members, group)
         kept = group.panels()[2].clone()
         members[1].lora_B["reasoning"].data.add_(1.0)
         assert torch.equal(group.panels()[2], kept), "between two calls without gradients it is not seen"
+
+
+def test_the_first_training_call_unshares_without_an_edit(monkeypatch):
+    members = draw_members(frozen=True)
+    group = PackedGroup(members)
+    group.panels()
+    _sees_like_off_a_cpu(monkeypatch, group)
+    trained = members[1].lora_B["reasoning"].requires_grad_()
+    with torch.no_grad():
+        group.panels()
+        assert not trained.is_contiguous(), "nothing tells that it changed, and this call cannot train it"
+    group.panels()
+    assert [B.is_contiguous() for B in adapters_of(members)].count(True) == 1 and trained.is_contiguous()
 
 
 def test_adapters_of_another_rank_or_dtype(draw):
@@ -324,6 +339,7 @@ def test_under_inference_mode_and_later_in_training(draw):
     with torch.inference_mode():
         group = PackedGroup(members)
         run(members, group.panels())
+    assert not any(p.is_inference() for m in members for p in m.parameters())
     x, wide = torch.randn(9, 48).to(BF16), copy.deepcopy(members)
     truth = _gradients([member.double() for member in wide], x.double(), "reference")
     own = _gradients(members, x, "reference")

@@ -182,3 +182,5 @@ def test_copies_for_a_checkpoint_are_the_model():
     layer.lora_B["reasoning"].fill_(3.0)
     block.site_groups["gate_up"].packing.panels()
     assert adapters["reasoning"].layers[path].B.eq(3.0).all()
+    layer.lora_B["reasoning"].fill_(4.0)
+    assert adapters["reasoning"].layers[path].B.eq(4.0).all()
