@@ -88,8 +88,16 @@ def _poisoned(real):
     return allocate
 
 
+@pytest.fixture(scope="session")
+def compiler_knows_torch() -> None:
+    """The compiler lists torch's functions once; after that, it must not mistake what poisoning put in their place."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.get_torch_obj_rule_map()
+
+
 @pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch, compiler_knows_torch: None) -> None:
     """Whatever the package allocates uninitialised is NaN (or the largest integer), so an unwritten element shows."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))

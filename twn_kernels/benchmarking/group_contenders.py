@@ -92,14 +92,14 @@ class _Group:
     """One site group: ``blas`` multiplies packed weights, as in a patched model."""
 
     def __init__(self, problem: Problem, site: Site, inputs: Inputs, impl: str, base_only: bool) -> None:
-        self.site, self.impl, self.is_prefill = site, impl, problem.case.pass_ == "forward"
+        self.site, self.impl = site, impl
         where = site.name if problem.case.suite == "group" else None
         tokens = problem.case.tokens
         self.taken = choice.resolve(impl, problem.device, problem.dtype, site=where, tokens=tokens)
         loras = [(None, None) if base_only else pair for pair in inputs.loras]
         weights = list(inputs.weights)
         self.added_bytes = 0 if base_only else _adapter_bytes(inputs.loras)
-        self.packed, self.last = None, ()
+        self.packed = None
         if self.taken == "blas" and where is not None and problem.case.pass_ != "forward_backward":
             members = [_member(weight, pair) for weight, pair in _layers(inputs)]
             self.packed = PackedGroup(members)
@@ -108,23 +108,9 @@ class _Group:
         self.projections = [Projection(w, None, *pair) for w, pair in zip(weights, loras, strict=True)]
 
     def __call__(self, x: Tensor, plan: RoutePlan | None, **more) -> Tensor:
-        packed, name = self._panels(x), self.site.name
+        packed, name = () if self.packed is None else self.packed.panels(), self.site.name
         (y,) = dual_lora_group(x, self.projections, plan, impl=self.impl, site=name, packed=packed, split=False, **more)
         return y
-
-    def _panels(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.packed is None:
-            return ()
-        # Under capture panels() adds an update of the packed adapters, as decode graphs of the product have it. A
-        # prefill is captured here only to be timed without launches, and the product's has no such update.
-        if self.last and self.is_prefill and _is_capturing(x):
-            return self.last
-        self.last = self.packed.panels()
-        return self.last
-
-
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _member(weight: Tensor, pair: tuple[LoRA, LoRA]) -> nn.Module:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from twn_kernels.benchmarking.results import Time
+from twn_kernels.modules.packing import steady_shadows
 
 __all__ = ["GRAPH_MODES", "CannotCapture", "SampleFailed", "Timed", "Timer", "interleave", "summary"]
 
@@ -117,7 +118,8 @@ class Timer:
         graph = torch.cuda.CUDAGraph()
         gc.collect()  # a tensor that the collector frees during capture would end it
         try:
-            with torch.cuda.graph(graph):
+            # As decode graphs of the product are captured: the host refreshes packed adapters between replays.
+            with steady_shadows(), torch.cuda.graph(graph):
                 for _ in range(repeats):
                     for call in calls:
                         call()
