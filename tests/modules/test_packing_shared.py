@@ -115,6 +115,19 @@ def test_one_that_was_replaced_keeps_its_values():
     assert_right(members, group)
 
 
+def test_a_panel_that_everything_has_left_is_freed_without_a_call():
+    members, group = _packed()
+    model = nn.ModuleList(members)
+    parameter = weakref.ref(members[1].lora_B["reasoning"])
+    gc.disable()
+    try:
+        model.load_state_dict({n: torch.randn(v.shape).to(BF16) for n, v in model.state_dict().items()}, assign=True)
+        assert parameter() is None
+    finally:
+        gc.enable()
+    assert_right(members, group)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("ends", ["refresh", "unshare", "repacked", "refused"])
 def test_requests_end_it_for_all(ends):
@@ -243,11 +256,11 @@ def test_a_step_between_forward_and_backward_is_still_refused():
 
 def test_a_model_that_nobody_holds_is_freed_at_once():
     members, group = _packed()
-    panel = weakref.ref(members[1].lora_B["reasoning"])
+    parameter = weakref.ref(members[1].lora_B["reasoning"])
     gc.collect()
     gc.disable()
     try:
         del members, group
-        assert panel() is None
+        assert parameter() is None
     finally:
         gc.enable()

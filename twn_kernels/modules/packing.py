@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ class PackedGroup:
         self._members = tuple(members)
         self._places: dict[int, tuple] = {}  # where each weight was left, as _place
         self._columns: AdapterColumns | None = None
-        self._strays: list[tuple[nn.Parameter, int]] = []  # each lora_B that a copy may have left in a panel, and where
+        self._strays: list[tuple[weakref.ref, int]] = []  # each lora_B that a copy may have left in a panel, and where
         self._owed = False
         self._forget(None)
         for linear in self._linears():
@@ -164,7 +165,7 @@ class PackedGroup:
         if self._columns is not None:
             self._columns.leave()
         for parameter, address in self._strays:
-            leave_panel(parameter, address)
+            leave_panel(parameter(), address)
         self._strays = []
 
     def refresh(self) -> None:
@@ -186,14 +187,14 @@ class PackedGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters have memory of their own: it packs them in its first call.
-        shared = [parameter for parameter, _ in self._strays]
+        shared = [parameter() for parameter, _ in self._strays if parameter() is not None]
         shared += [] if self._columns is None else self._columns.shared
         return {"members": self._members, "places": self._places, "reason": self._reason, "shared": shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._members, self._places = state["members"], state["places"]
         self._owed = bool(self._members)
-        self._columns, self._strays = None, [(parameter, parameter.data_ptr()) for parameter in state["shared"]]
+        self._columns, self._strays = None, [(weakref.ref(B), B.data_ptr()) for B in state["shared"]]
         self._reset(state["reason"] or "copied; packs when it is used")
 
     def _forget(self, reason: str | None) -> None:

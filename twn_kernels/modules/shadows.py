@@ -9,6 +9,7 @@ first sign of the contrary gives a parameter its own memory back, before anythin
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,16 +22,16 @@ __all__ = ["AdapterColumns", "leave_panel"]
 
 
 class _Shared(NamedTuple):
-    """A ``lora_B`` that lives in a panel, as it was when it moved there."""
+    """A ``lora_B`` that lives in a panel, as it was when it moved there; held weakly, since it holds the panel."""
 
-    parameter: nn.Parameter
+    parameter: weakref.ref[nn.Parameter]
     address: int
     version: int
     hook: Any
 
     def is_intact(self, B: Tensor | None) -> bool:
-        parameter = self.parameter
-        return B is parameter and parameter.data_ptr() == self.address and parameter._version == self.version
+        is_same = B is not None and self.parameter() is B
+        return is_same and B.data_ptr() == self.address and B._version == self.version
 
 
 class AdapterColumns:
@@ -56,7 +57,8 @@ class AdapterColumns:
     @property
     def shared(self) -> list[nn.Parameter]:
         """Every ``lora_B`` that lives in a panel."""
-        return [shared.parameter for shared in self._shared.values() if _lies_at(shared.parameter, shared.address)]
+        found = [(shared.parameter(), shared.address) for shared in list(self._shared.values())]
+        return [parameter for parameter, address in found if parameter is not None and _lies_at(parameter, address)]
 
     @property
     def is_settling(self) -> bool:
@@ -91,7 +93,7 @@ class AdapterColumns:
 
     def are_intact(self, B: Sequence[Tensor | None]) -> bool:
         """Whether nothing that the host can see has happened to any shared ``lora_B``."""
-        return all(shared.is_intact(B[index]) for index, shared in self._shared.items())
+        return all(shared.is_intact(B[index]) for index, shared in list(self._shared.items()))
 
     def update(self, storages: Sequence[Tensor], B: Sequence[Tensor | None], *, trains: bool, capturing: bool) -> None:
         """Refresh the shadows, and find out whether they are finite without waiting for the answer; under no_grad.
@@ -134,14 +136,15 @@ class AdapterColumns:
                 self._let_go(index)
 
     def _let_go(self, index: int) -> None:
-        shared = self._shared.pop(index)
-        shared.hook.remove()
-        leave_panel(shared.parameter, shared.address)
+        shared = self._shared.pop(index, None)  # another thread may have been first
+        if shared is not None:
+            shared.hook.remove()
+            leave_panel(shared.parameter(), shared.address)
 
 
-def leave_panel(parameter: nn.Parameter, address: int) -> None:
-    """Give a parameter contiguous memory of its own, if it still lies at ``address`` in memory of more."""
-    if _lies_at(parameter, address):
+def leave_panel(parameter: nn.Parameter | None, address: int) -> None:
+    """Give a parameter contiguous memory of its own, if it still exists and lies at ``address`` in memory of more."""
+    if parameter is not None and _lies_at(parameter, address):
         with torch.inference_mode(False), torch.no_grad():
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
@@ -172,7 +175,7 @@ def _moved(B: nn.Parameter, view: Tensor) -> _Shared:
         functools.partial(_leave_before_step, B.data_ptr())
     )
     B.requires_grad_(trains)
-    return _Shared(B, B.data_ptr(), B._version, hook)
+    return _Shared(weakref.ref(B), B.data_ptr(), B._version, hook)
 
 
 def _leave_before_step(address: int, parameter: nn.Parameter) -> None:
