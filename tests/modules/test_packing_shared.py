@@ -171,6 +171,21 @@ def test_what_cannot_be_shared_keeps_its_memory(case):
     assert (B.data_ptr(), B.stride()) == place and _is_shared(members[0].lora_B["embedding"], members[0])
 
 
+def test_models_whose_parameters_are_swapped_still_move():
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        members = draw_members(frozen=True)
+        group = PackedGroup(members)
+        assert_right(members, group)
+        for member in members:
+            member.half()
+        assert_right(members, group)
+        assert all(_is_its_own(B) for B in adapters_of(members))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
 OPTIMIZERS = {
     "fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
     "foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),

@@ -161,6 +161,9 @@ def _may_live_there(B: Tensor | None, others: Sequence[Tensor | None]) -> bool:
     # On a CPU torch's fused optimizers (2.13) step a parameter as if it were contiguous, without a look at its strides.
     if B.requires_grad and not B.is_cuda:
         return False
+    # With this switch on, torch moves a parameter by swapping it, which it refuses where something refers to it weakly.
+    if torch.__future__.get_swap_module_params_on_conversion():
+        return False
     is_alone = B.untyped_storage().nbytes() == B.numel() * B.element_size()
     return is_alone and B.is_contiguous() and sum(b is not None and b.data_ptr() == B.data_ptr() for b in others) == 1
 
