@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from twn_kernels.modules.site_group import SiteGroup
 from twn_kernels.patching.specs import choose_targets, family_of
 from twn_kernels.testing.tiny_models import tiny_inputs, tiny_model
 
@@ -87,3 +88,30 @@ def in_double():
         return {key: value.double() if value.is_floating_point() else value for key, value in thing.items()}
 
     return convert
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The site of every fused call, in order."""
+    seen, real = [], SiteGroup.run
+
+    def run(self, *args, **kwargs):
+        seen.append(self.site)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(SiteGroup, "run", run)
+    return seen
+
+
+@pytest.fixture
+def graphs():
+    """Give a compile backend that counts graphs and runs them as they are."""
+    count = []
+
+    def backend(module, _):
+        count.append(module)
+        return module
+
+    torch._dynamo.reset()
+    yield count, backend
+    torch._dynamo.reset()

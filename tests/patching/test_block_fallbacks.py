@@ -36,19 +36,6 @@ WATCHED = {
 }
 
 
-@pytest.fixture
-def runs(monkeypatch):
-    """The site of every fused call, in order."""
-    seen, real = [], SiteGroup.run
-
-    def run(self, *args, **kwargs):
-        seen.append(self.site)
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(SiteGroup, "run", run)
-    return seen
-
-
 def _filled(model):
     generator = torch.Generator().manual_seed(0)
     for layer in model.modules():

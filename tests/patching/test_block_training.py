@@ -5,7 +5,6 @@ import torch
 
 from twn_kernels import patch, route
 from twn_kernels.modules import DualLoRALinear
-from twn_kernels.modules.site_group import SiteGroup
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 from twn_kernels.testing.tiny_models import VISION_FAMILIES, tiny_inputs, tiny_model
 
@@ -17,33 +16,6 @@ SPECS = ["reasoning", "both", ["reasoning", "embedding", None]]
 @pytest.fixture(params=VISION_FAMILIES)
 def family(request):
     return request.param
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """The site of every fused call, in order."""
-    seen, real = [], SiteGroup.run
-
-    def run(self, *args, **kwargs):
-        seen.append(self.site)
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(SiteGroup, "run", run)
-    return seen
-
-
-@pytest.fixture
-def graphs():
-    """Give a compile backend that counts graphs and runs them as they are."""
-    count = []
-
-    def backend(module, _):
-        count.append(module)
-        return module
-
-    torch._dynamo.reset()
-    yield count, backend
-    torch._dynamo.reset()
 
 
 def _model(family, fuse=True, **options):

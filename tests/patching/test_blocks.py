@@ -30,19 +30,6 @@ def family(request):
     return request.param
 
 
-@pytest.fixture
-def runs(monkeypatch):
-    """The site of every fused call, in order."""
-    seen, real = [], SiteGroup.run
-
-    def run(self, *args, **kwargs):
-        seen.append(self.site)
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(SiteGroup, "run", run)
-    return seen
-
-
 def _filled(model, seed=0, dtype=None):
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():

@@ -8,20 +8,6 @@ from twn_kernels.modules import DualLoRALinear
 from twn_kernels.testing.tiny_models import tiny_inputs, tiny_model
 
 
-@pytest.fixture
-def graphs():
-    """Give a compile backend that counts graphs and runs them as they are."""
-    count = []
-
-    def backend(module, _):
-        count.append(module)
-        return module
-
-    torch._dynamo.reset()
-    yield count, backend
-    torch._dynamo.reset()
-
-
 def _filled(model):
     for layer in model.modules():
         if isinstance(layer, DualLoRALinear):
