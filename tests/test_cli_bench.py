@@ -201,12 +201,14 @@ def test_an_installation_without_the_suites_says_what_to_do(tmp_path):
         "sys.exit(main(['bench', *sys.argv[2:]]))\n"
     )
     wheel = tmp_path / "site-packages" / "twn_kernels" / "__init__.py"
-    for argv in (["run"], ["gpu", "--minutes", "1", "--out", "x"], ["report"]):
+    for argv in (["run"], ["gpu", "--minutes", "1", "--out", "x"], ["report"], ["choices"]):
         command = [sys.executable, "-c", code, str(wheel), *argv]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
         (line,) = done.stderr.splitlines()
-        assert done.returncode == 1 and "needs the folder bench/ of a checkout" in line and "pip install -e ." in line
+        assert done.returncode == 1 and "pip install -e ." in line
+        assert f"bench {argv[0]} needs the folder bench/ of a checkout" in line
+        assert ("name result files" in line) == (argv[0] in ("report", "choices"))
     assert not (tmp_path / "x").exists()
 
 

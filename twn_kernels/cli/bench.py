@@ -177,7 +177,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from twn_kernels.benchmarking.targets import judge
 
     readme = None if arguments.readme is None else _readable(Path(arguments.readme))
-    sources = _sources(arguments.results, Path(arguments.readme).parent if readme is not None else None)
+    sources = _sources("report", arguments.results, Path(arguments.readme).parent if readme is not None else None)
     if readme is not None:
         report.replace_section(readme, "", arguments.readme)  # a missing marker must show before anything is written
     if arguments.out is not None and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
@@ -249,7 +249,7 @@ def _choices(arguments: argparse.Namespace) -> None:
     from twn_kernels.benchmarking.choosing import choose
     from twn_kernels.ops import choice_table
 
-    found = choose(_sources(arguments.results, None))
+    found = choose(_sources("choices", arguments.results, None))
     text = json.dumps(found.table(), indent=2) + "\n"
     choice_table.parse(text, "the derived table")
     if arguments.out is not None:
@@ -265,11 +265,11 @@ def _choices(arguments: argparse.Namespace) -> None:
     print(f"{len(found.rows)} rows" + ("" if arguments.out is None else f": wrote {arguments.out}"))
 
 
-def _sources(paths: Sequence[str], relative_to: Path | None) -> list:
+def _sources(action: str, paths: Sequence[str], relative_to: Path | None) -> list:
     from twn_kernels.benchmarking.files import find
 
     if not paths:
-        folder = _checkout("results").joinpath(*_RESULTS)
+        folder = _checkout(action, " Or name result files.").joinpath(*_RESULTS)
         paths = [str(folder)] if any(folder.rglob("*.json")) else []
     found = find(paths, relative_to)
     for path in found.left_out:
@@ -277,15 +277,15 @@ def _sources(paths: Sequence[str], relative_to: Path | None) -> list:
     return found.sources
 
 
-def _checkout(what: str) -> Path:
+def _checkout(action: str, otherwise: str = "") -> Path:
     """The root of the checkout that this package is imported from; its ``bench/`` is no part of a wheel."""
     import twn_kernels
 
     root = Path(twn_kernels.__file__).resolve().parent.parent
     if not (root / "bench").is_dir():
         raise OptionError(
-            f"bench {what} needs the folder bench/ of a checkout, and this installation at {root} has none. Clone the "
-            "repository, run pip install -e . there, and use that; or name result files."
+            f"bench {action} needs the folder bench/ of a checkout, and this installation at {root} has none. Clone "
+            f"the repository, run pip install -e . there, and use that.{otherwise}"
         )
     return root
 
