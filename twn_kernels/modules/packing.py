@@ -58,7 +58,8 @@ class PackedGroup:
     a copy, when it gets a gradient and in the first call that finds it edited, or that may be part of training (grad
     mode, and it requires grad); until the weights are packed anew, or :meth:`share` is called. A ``lora_B`` on a CPU is
     shared only while it requires no grad: torch's fused optimizers would step it as if it were contiguous. Views of its
-    memory that were taken before either move do not follow it.
+    memory that were taken before either move do not follow it. What needs it contiguous before its first training call
+    (``view(-1)``, a fused optimizer fed with gradients by hand) calls :meth:`unshare` first.
 
     ``state_dict()`` gives contiguous copies of packed weights and of every shared ``lora_B``, since a pitched view
     would be refused or saved with its whole panel. They cost the memory of those tensors while the state dict lives,
