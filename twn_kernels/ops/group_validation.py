@@ -52,8 +52,11 @@ def check_group(
 
 
 def _check_form(projections, norm, gated: bool, swiglu: bool, residual) -> None:
-    if not isinstance(projections, Sequence) or not all(isinstance(p, Projection) for p in projections):
+    if not isinstance(projections, Sequence) or isinstance(projections, Projection):
         raise DtypeError(f"projections must be a list of Projection(weight, ...), got {_kind(projections)}.")
+    for place, projection in enumerate(projections):
+        if not isinstance(projection, Projection):
+            raise DtypeError(f"projections[{place}] must be Projection(weight, ...), got {_kind(projection)}.")
     if not 1 <= len(projections) <= MAX_PROJECTIONS:
         raise ShapeError(f"projections must be 1 … {MAX_PROJECTIONS} linears that read x, got {len(projections)}.")
     if norm is not None and gated:
@@ -86,6 +89,12 @@ def _check_norm(norm: Norm | None, x: Tensor) -> None:
         return
     if not isinstance(norm, Norm) or not isinstance(norm.weight, Tensor):
         raise DtypeError(f"norm must be Norm(weight, eps), got {_kind(norm)}.")
+    if isinstance(norm.eps, bool) or not isinstance(norm.eps, int | float):
+        raise DtypeError(
+            f"norm.eps must be a Python number (a tensor would have to be read), got {type(norm.eps).__name__}."
+        )
+    if not 0 <= norm.eps < float("inf"):
+        raise OptionError(f"norm.eps must be a finite number of 0 or more, got {norm.eps}.")
     if norm.weight.shape != (x.shape[-1],):
         raise ShapeError(f"norm.weight must be [{x.shape[-1]}] (in_features), got {list(norm.weight.shape)}.")
     allowed = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
