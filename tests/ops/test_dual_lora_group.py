@@ -238,6 +238,22 @@ def test_autocast_casts_like_linear_layers(device):
         assert_as_good_as_torch(y, t, o)
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_under_autocast_the_residual_keeps_its_dtype(grad, device):
+    case = GroupCase(11, 32, (24,), ((4, 8),), FP32, front="gated", back="residual")
+    args, plan = arguments(case, device), case.plan(device)
+    leaves = converted(args, lambda t: t.detach().requires_grad_(grad))
+    with torch.autocast(device.type, dtype=BF16):
+        (y,) = dual_lora_group(**leaves, plan=plan)
+        (own,) = eager_torch(args | {"residual": None}, plan)
+    (truth,) = eager_torch(converted(args, lambda t: t.double()), plan)
+    assert y.dtype == FP32
+    assert_as_good_as_torch(y - args["residual"], truth - args["residual"], own.to(BF16))
+    if grad:
+        y.sum().backward()
+        assert torch.equal(leaves["residual"].grad, torch.ones_like(y))
+
+
 def _bad(**changes):
     case = GroupCase(4, 16, (8, 8), ((2, 2), (2, 2)), FP32)
     return arguments(case, "cpu") | {"plan": RoutePlan.uniform("both", 4)} | changes
@@ -256,8 +272,13 @@ BAD = {
     ),
     "a bare weight": (
         DtypeError,
-        "projections must be a list of Projection",
+        r"projections\[0\] must be Projection\(weight, \.\.\.\), got torch\.float32 \[8, 16\]",
         lambda: _bad(projections=[torch.ones(8, 16)]),
+    ),
+    "one projection, not a list": (
+        DtypeError,
+        "projections must be a list of Projection",
+        lambda: _bad(projections=_one()[0]),
     ),
     "other features": (
         ShapeError,
@@ -305,6 +326,21 @@ BAD = {
         r"norm must be Norm\(weight, eps\), got RMSNorm",
         lambda: _bad(norm=torch.nn.RMSNorm(16)),
     ),
+    "a negative eps": (
+        OptionError,
+        r"norm\.eps must be a finite number of 0 or more, got -1",
+        lambda: _bad(norm=Norm(torch.ones(16), -1)),
+    ),
+    "eps of NaN": (
+        OptionError,
+        r"norm\.eps must be a finite number of 0 or more, got nan",
+        lambda: _bad(norm=Norm(torch.ones(16), float("nan"))),
+    ),
+    "eps as a tensor": (
+        DtypeError,
+        r"norm\.eps must be a Python number",
+        lambda: _bad(norm=Norm(torch.ones(16), torch.tensor(1e-6))),
+    ),
     "swiglu of one": (
         ShapeError,
         r"swiglu needs two projections \(gate, then up\), got 1",
@@ -333,6 +369,13 @@ BAD = {
 def test_a_broken_contract_is_one_sentence(name):
     error, message, build = BAD[name]
     with pytest.raises(error, match=message):
+        dual_lora_group(**build())
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name != "two dtypes"])
+def test_a_broken_contract_is_one_sentence_under_autocast(name):
+    error, message, build = BAD[name]
+    with torch.autocast("cpu", dtype=BF16), pytest.raises(error, match=message):
         dual_lora_group(**build())
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twn_kernels.ops import group_schema
-from twn_kernels.ops.autocast import autocast_is_on
+from twn_kernels.ops.autocast import autocast_is_on, without_autocast
 from twn_kernels.ops.choice import requested
-from twn_kernels.ops.dual_lora_linear import autocast_like_linear
 from twn_kernels.ops.group_validation import check_group
+from twn_kernels.ops.lora import LoRA
 from twn_kernels.ops.plan import RoutePlan
 from twn_kernels.ops.projection import Norm, Projection
 
@@ -82,8 +82,7 @@ def dual_lora_group(
         torch.Size([5, 8])
     """
     if isinstance(x, Tensor) and autocast_is_on(x.device) and x.dtype != torch.float64:
-        x, projections, residual = _autocast(x, projections, norm, gated, residual)
-        norm, gated = None, False
+        return _under_autocast(x, projections, plan, norm, gated, swiglu, residual, impl, site, packed, split)
     check_group(x, projections, plan, norm, gated, swiglu, residual)
     lead = x.shape[:-1]
     flat = x.reshape(math.prod(lead), x.shape[-1])
@@ -150,9 +149,25 @@ def _input(x: Tensor, norm: Norm | None, gated: bool) -> Tensor:
     return x
 
 
-def _autocast(x: Tensor, projections, norm: Norm | None, gated: bool, residual: Tensor | None) -> tuple:
-    """Operands as autocast gives them to ``nn.Linear``; what stands in front runs in the dtype of ``x`` first."""
-    x = _input(x, norm, gated)
+def _under_autocast(
+    x, projections, plan, norm, gated, swiglu, residual, impl, site, packed, split
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Products in autocast's dtype, as of ``nn.Linear``; norm, gate and residual in the dtypes that they have."""
     dtype = torch.get_autocast_dtype(x.device.type)
-    cast = [Projection(*autocast_like_linear(x, *projection)[1:]) for projection in projections]
-    return x.to(dtype), cast, None if residual is None else residual.to(dtype)
+    narrow = _narrowed(projections, dtype)
+    check_group(x.to(dtype), narrow, plan, _narrowed(norm, dtype), gated, swiglu, _narrowed(residual, dtype))
+    z = _input(x, norm, gated).to(dtype)
+    with without_autocast(x.device):
+        outputs = dual_lora_group(z, narrow, plan, swiglu=swiglu, impl=impl, site=site, packed=packed, split=split)
+    return outputs if residual is None else (residual + outputs[0],)
+
+
+def _narrowed(value, dtype: torch.dtype):
+    """Every tensor of an argument in ``dtype``; what is none stays, for the checks to name."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if isinstance(value, Projection | LoRA | Norm):
+        return type(value)(*(_narrowed(part, dtype) for part in value))
+    if isinstance(value, list | tuple):
+        return [part if isinstance(part, Tensor) else _narrowed(part, dtype) for part in value]
+    return value
