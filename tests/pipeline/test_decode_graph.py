@@ -48,6 +48,14 @@ def test_rows_that_end_leave_the_others_alone(kept):
     assert fixed.graph._rows == row_bucket(len(list(kept.values())[-1]))
 
 
+@pytest.mark.parametrize("places", [[1, 4], [4, 0, 2], [3, 1, 2, 0]], ids=str)
+def test_hidden_states_follow_the_rows_that_are_kept(places):
+    fixed = Fixed(backbone("llama"), "llama", 5, MIXED)
+    hidden = fixed.step(tokens(5, 0))
+    fixed.keep(places)
+    assert torch.equal(fixed.graph.hidden, hidden[places])
+
+
 def test_buffers_grow_and_keep_what_they_hold():
     base = backbone("llama")
     fixed = Fixed(base, "llama", 2, MIXED[:2])

@@ -244,7 +244,7 @@ class DecodeGraph:
     def hidden(self) -> Tensor:
         """``[rows, hidden]`` of the last layer after the last step, in the order of the rows that are left.
 
-        Overwritten by the next step.
+        Overwritten by the next step and by :meth:`keep`.
         """
         index = self._slot_index()
         return self._hidden[: len(self._slots)] if index is None else self._hidden.index_select(0, index)
@@ -292,7 +292,7 @@ class DecodeGraph:
         if moves:
             source, target = (as_index(side, self._kv.column.device) for side in (moves.keys(), moves.values()))
             self._kv.move(source, target, self._length)
-            for buffer in (self._next_position, self._valid):
+            for buffer in (self._next_position, self._valid, self._hidden):
                 buffer.index_copy_(0, target, buffer.index_select(0, source))
         self._slots = [moves.get(slot, slot) for slot in self._slots]
         self._rows = rows
