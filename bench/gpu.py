@@ -9,6 +9,7 @@ takes the device or the process with it is left out by the process that goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ STAGES = ("build", "doctor", "tests")
 USAGE, BROKEN, CRASHED, INTERRUPTED = 2, 3, 4, 130
 STOPPED = "stopped; the same command with --resume goes on from here"
 _MAX_PROCESSES = 40
+_LAST_WORDS_SECONDS = 10
 _TESTS_SHARE = 0.25  # of the minutes; the measurements are what the run is for
 
 
@@ -60,6 +62,8 @@ def _measuring(argv: Sequence[str]) -> int:
         return process.wait()
     except KeyboardInterrupt:
         print(f"\n{STOPPED}", file=sys.stderr, flush=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_LAST_WORDS_SECONDS)  # it notes that what it was at is not to blame
         return INTERRUPTED
     finally:
         if process.poll() is None:

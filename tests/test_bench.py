@@ -107,6 +107,8 @@ def test_an_interrupt_ends_with_one_sentence_that_says_how_to_go_on(tmp_path):
     said = process.communicate()[1]
     assert process.returncode == gpu.INTERRUPTED
     assert "Traceback" not in said and said.count(gpu.STOPPED) == 1
+    # Nothing is left begun, which a resumed run would take for a death.
+    assert json.loads(journal.read_text().splitlines()[-1])["event"] != "begin"
 
 
 def test_a_measuring_process_that_dies_is_followed_by_one_that_goes_on(tmp_path, monkeypatch):

@@ -68,6 +68,15 @@ def test_a_step_that_ended_the_process_twice_is_left_out(tmp_path):
     assert journal.excluded("case2") == {}
 
 
+def test_what_the_user_interrupted_is_not_blamed(tmp_path):
+    for attempt in range(4):
+        journal = Journal(tmp_path, IDENTITY, resume=attempt > 0)
+        journal.begin("case1", "ours_blas")
+        journal.interrupted()
+        journal.close()
+    assert Journal(tmp_path, IDENTITY, resume=True).excluded("case1") == {}
+
+
 def test_what_ended_well_in_between_is_not_blamed(tmp_path):
     for attempt in range(4):
         journal = Journal(tmp_path, IDENTITY, resume=attempt > 0)

@@ -173,6 +173,21 @@ def test_a_case_whose_tensors_do_not_fit_has_rows_that_say_so(tmp_path, monkeypa
     assert [row.reason for row in journal.all_rows()] == ["The case cannot be set up: tried to allocate 900 GiB"] * 2
 
 
+def test_an_interrupt_is_noted_in_a_stage_and_in_a_case(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "_problem", interrupt)
+    for attempt in range(3):
+        journal = Journal(tmp_path, IDENTITY, resume=attempt > 0)
+        with pytest.raises(KeyboardInterrupt):
+            session.run_stage(journal, "doctor", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            session.measure_cases(CASES[:1], QUICK, journal, time.monotonic() + 60, pytest.fail, lambda: None)
+        assert journal.excluded("stage doctor") == journal.excluded(CASES[0].id) == {}
+        journal.close()
+
+
 def test_a_stage_runs_once_and_its_failure_is_recorded(tmp_path):
     calls = Counter()
 

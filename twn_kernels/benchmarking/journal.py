@@ -1,7 +1,8 @@
 """The journal of a run: one JSON object a line, appended at once, so that a killed run loses at most what was running.
 
 A line is written whole or is cut by the kill; a cut last line is dropped when the run resumes, and the step that it
-belonged to is done again. A step that ended the process twice is not tried a third time.
+belonged to is done again. A step that ended the process twice, not by Ctrl-C, is not tried
+third time.
 """
 
 from __future__ import annotations
@@ -79,6 +80,10 @@ class Journal:
         self._append({"event": "broken", "case": case, "contender": contender, "reason": reason})
         self.broken[case, contender] = reason
 
+    def interrupted(self) -> None:
+        """Record that the user stopped the run, so that what was running is not blamed for its end."""
+        self._append({"event": "interrupted"})
+
     def excluded(self, case: str) -> dict[str, str]:
         """Contenders of a case that must not run, each with the sentence why; key ``""`` stands for the case itself."""
         found = {
@@ -141,7 +146,7 @@ class Journal:
                 self.rows[entry["case"]] = [parse_row(row, f"{source}: rows") for row in entry["rows"]]
             elif event == "broken":
                 self.broken[entry["case"], entry["contender"]] = entry["reason"]
-            else:
+            elif event != "interrupted":
                 raise ResultError(f"{source} holds no event of a run, got {event!r}. Start a new run elsewhere.")
         except KeyError as error:
             raise ResultError(f"{source}: the event {event!r} has no {error.args[0]!r}.") from None

@@ -40,6 +40,9 @@ def run_stage(journal: Journal, name: str, run: Callable[[], Any]) -> Any:
     journal.begin(step, "")
     try:
         value = run()
+    except KeyboardInterrupt:
+        journal.interrupted()
+        raise
     except Exception as error:  # as the docstring says
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if _is_broken():
@@ -100,6 +103,9 @@ def _measure(case: Case, options: Options, journal: Journal) -> list[Row]:
     begin("")
     try:
         return measure_case(case, replace(options, exclude={**options.exclude, **excluded}), begin)
+    except KeyboardInterrupt:
+        journal.interrupted()
+        raise
     except DeviceBroken as error:
         journal.breaks(case.id, running[0], str(error))
         raise
