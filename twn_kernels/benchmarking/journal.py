@@ -2,7 +2,7 @@
 
 A line is written whole or is cut by the kill; a cut last line is dropped when the run resumes, and the step that it
 belonged to is done again. A step that ended the process twice, not by Ctrl-C, is not tried
-third time.
+a third time.
 """
 
 from __future__ import annotations

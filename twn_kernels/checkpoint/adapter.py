@@ -158,11 +158,6 @@ class Adapter:
             out[key_a], out[key_b] = layer.A, layer.B
         return out
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all factors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-
 
 def _exact(module: str) -> str:
     return "^" + module.replace(".", r"\.")
