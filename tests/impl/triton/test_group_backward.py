@@ -103,9 +103,10 @@ def test_the_tiles_for_unaligned_operands(adapters, device, monkeypatch):
     _check(GroupInputs(GroupProblem(35, 24, (33, 20), ((16, 8), (3, 17)), BF16, adapter_dtype=adapters), device))
 
 
-def test_sums_that_are_split(device, monkeypatch):
+@pytest.mark.parametrize("routes", ["suffix", "reasoning", "embedding"])
+def test_sums_that_are_split(routes, device, monkeypatch):
     """dS over outputs, dA over tokens; the last parts are empty or without a row of an adapter."""
-    inputs = GroupInputs(GroupProblem(130, 16, (150, 40), ((4, 3), (2, 0)), BF16, "suffix"), device)
+    inputs = GroupInputs(GroupProblem(130, 16, (150, 40), ((4, 3), (2, 0)), BF16, routes), device)
     for name, changes in (("group_shrink_config", {"splits": 4}), ("grad_config", {"splits": 4, "stretch": 64})):
         choose = getattr(group_grad, name)
         monkeypatch.setattr(group_grad, name, lambda *a, _c=choose, _n=changes, **k: replace(_c(*a, **k), **_n))

@@ -169,10 +169,10 @@ def _launch_A_grads(x: Tensor, ds: Tensor, group: _Group, grads, runs) -> None:
     if splits > 1:
         parts = x.new_empty((splits, features, sum(totals)), dtype=launch._wide(x.dtype))
         starts = _starts(ranks)
-        outs = tuple([parts[:, :, start:] if run else ds for start in s] for s, run in zip(starts, runs, strict=True))
+        outs = tuple([parts[:, :, start:] for start in s] for s in starts)
         strides = (parts.stride(1), 1, parts.stride(0))
-    # an adapter without a program has no outputs: any tensor stands in
-    outs = [o if run else [ds] * len(o) for o, run in zip(outs, runs, strict=True)]
+    # an adapter without a program has no outputs: the other's stand in, since the kernel selects between their pointers
+    outs = [outs[a] if runs[a] else outs[1 - a] for a in (0, 1)]
     stretches = -(-tokens // config.stretch)
     group_grad_kernel[(-(-features // config.block_f), sum(-(-total // config.block_r) for total in totals), splits)](
         x, ds, group.routes, *_three(outs[0]), *_three(outs[1]),
