@@ -17,7 +17,9 @@ from twn_kernels.benchmarking import results
 
 ROOT = Path(__file__).resolve().parent.parent
 # Without git the commit is unknown, so that a commit made meanwhile does not end a run.
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GIT_DIR": os.devnull}
+# pytest-benchmark times nothing in what it takes for a worker of a parallel run.
+INHERITED = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+ENVIRONMENT = INHERITED | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GIT_DIR": os.devnull}
 GPU = [sys.executable, "-m", "bench.gpu", "--minutes", "5"]
 # Stages that check the package itself are other tests' business, but one.
 TINY = ["--scale", "tiny", "--suite", "linear", "--rounds", "2", "--seconds", "0.05", "--contender", "fused_base"]
