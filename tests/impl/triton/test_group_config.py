@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from twn_kernels.impl.triton.config import ARCHITECTURES, bucket
 from twn_kernels.impl.triton.group_config import all_group_configs, group_config, group_kind
+from twn_kernels.impl.triton.group_product import _LARGEST_PITCH
 
 arches = st.sampled_from([*ARCHITECTURES, 87, 103, 121, 200])
 widths = st.lists(st.integers(1, 200_000), min_size=1, max_size=3).map(tuple)
@@ -66,6 +67,14 @@ def test_decode_narrows_its_tiles_where_columns_are_few():
 def test_tiles_do_not_straddle_projections():
     config = _chosen(4096, QKV, 90)
     assert config.tiles(130, (257, 1, 256)) == 2 * (2 + 1 + 1)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_offsets_inside_a_tile_fit_32_bits(arch):
+    """Rows of a residual in ``block_m``, rows of a ``B`` in ``block_n``; a larger pitch costs a copy."""
+    for config in (config for configs in all_group_configs(arch).values() for config in configs):
+        rows = max(config.block_m, config.block_n)
+        assert rows * (_LARGEST_PITCH + 1) <= 2**31, config
 
 
 def test_configurations_are_frozen_and_print_their_fields():

@@ -24,8 +24,8 @@ __all__ = ["group"]
 
 _PROJECTIONS = 3  # of the kernel
 _INTERPRETED_PROCESSORS = 2  # few, so that each interpreted program walks several tiles, as on a GPU
-# A tile's rows are reached from its first one by 32-bit offsets: 128 rows at most, below 2^31 elements.
-_LARGEST_PITCH = 2**24 - 1
+# A tile's rows of residual and B are reached from the first by 32-bit offsets: 256 at most, below 2^31 elements.
+_LARGEST_PITCH = 2**23 - 1
 
 
 class _Operands(NamedTuple):
