@@ -109,7 +109,7 @@ class Status:
             return f"{self.model}: not patched"
         share = f" ({self.added_bytes / self.base_bytes:.2%} of the base)" if self.base_bytes else ""
         lines = [
-            f"{self.model}: {len(self.layers)} layers patched, {self.level} level",
+            f"{self.model}: {len(self.layers)} layer{'s' * (len(self.layers) != 1)} patched, {self.level} level",
             f"  family         {self.family or 'unknown'}",
             f"  note           {self.level_note}",
             f"  adapters       {self.adapters}",
