@@ -13,7 +13,8 @@ from torch import Tensor
 
 from twn_kernels.impl.triton import launch
 from twn_kernels.impl.triton.config import gemm_config, grad_config, reduce_config
-from twn_kernels.impl.triton.group_grad_kernel import group_dx_kernel, group_grad_kernel, group_shrink_kernel
+from twn_kernels.impl.triton.group_dx_kernel import group_dx_kernel
+from twn_kernels.impl.triton.group_grad_kernel import group_grad_kernel, group_shrink_kernel
 from twn_kernels.impl.triton.produce_config import group_shrink_config
 from twn_kernels.impl.triton.shrink_kernel import reduce_kernel
 

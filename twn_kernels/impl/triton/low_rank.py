@@ -15,7 +15,7 @@ import triton.language as tl
 
 from twn_kernels.impl.triton.primitives import dot, dropout_keep, dropout_rows
 
-__all__ = ["add_adapter", "add_low_rank", "add_low_rank_to_mixed", "add_selected", "count_users"]
+__all__ = ["add_adapter", "add_low_rank", "add_low_rank_to_mixed", "add_selected", "count_users", "stacked"]
 
 
 @triton.jit
@@ -187,3 +187,16 @@ def add_adapter(
             acc, s, b, rows, in_rows, uses, columns, in_columns, rank, mixed,
             stride_sm, stride_bn, stride_bk, PRECISION, MIXED_R, BLOCK_N,
         )  # fmt: skip
+
+
+@triton.jit
+def stacked(j, a_0, a_1, a_2, rank_0, rank_1, stride_0, stride_1, stride_2, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to rows ``j`` of the matrices on top of one another."""
+    pointers = a_0 + j * stride_0
+    if COUNT > 1:
+        pointers = tl.where(j >= rank_0, a_1 + (j - rank_0) * stride_1, pointers)
+    if COUNT > 2:
+        pointers = tl.where(j >= rank_0 + rank_1, a_2 + (j - rank_0 - rank_1) * stride_2, pointers)
+    if ALIGNED:  # a select hides it from Triton 3.9
+        pointers = tl.multiple_of(pointers, [16, 16])
+    return pointers

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from twn_kernels.impl.triton.config import all_configs
-from twn_kernels.impl.triton.group_grad_kernel import group_dx_kernel, group_grad_kernel, group_shrink_kernel
+from twn_kernels.impl.triton.group_dx_kernel import group_dx_kernel
+from twn_kernels.impl.triton.group_grad_kernel import group_grad_kernel, group_shrink_kernel
 from twn_kernels.impl.triton.produce_config import all_produce_configs
 from twn_kernels.impl.triton.produce_kernel import produce_kernel
 
