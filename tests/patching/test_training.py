@@ -199,9 +199,10 @@ def test_a_model_patched_in_inference_mode_trains(tmp_path):
         assert all(grad.isfinite().all() for grad in _grads(model).values())
 
 
-def test_each_row_trains_its_own_adapter_alone():
+@pytest.mark.parametrize("family", ["llama", "qwen3_vl"], ids=["linear-level", "block-level"])
+def test_each_row_trains_its_own_adapter_alone(family):
     """The gradient of an adapter is that of its own rows: the other rows may as well not be there."""
-    model, inputs = _model("llama"), tiny_inputs("llama", 2, padded=False)
+    model, inputs = _model(family), tiny_inputs(family, 2, padded=False)
     with route(model, ["reasoning", "embedding"]):
         model(**inputs).logits[0].square().sum().backward()
     grads = _grads(model)
