@@ -1,0 +1,23 @@
+// What the bindings ask of the CUDA runtime. Implemented in kernels/runtime.cu, so that they compile without CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+namespace twn {
+
+struct DeviceLimits {
+  int capability = 0;  // 90 for 9.0; 0 where the device could not be asked
+  int processors = 0;
+  int shared_bytes = 0;  // that one block may have
+};
+
+// Of a device; asked for once.
+const DeviceLimits& device_limits(int device);
+
+// The number of the capture that `stream` is in; 0 outside of captures.
+uint64_t capture_of(void* stream);
+
+// A word of pinned host memory a device, zero until a kernel gives up waiting; see Flags::wait. nullptr: no memory.
+uint32_t* report_word(int device);
+
+}  // namespace twn
