@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from twn_kernels.modules.packing import PackedGroup
 from twn_kernels.modules.routing import RouteSpec, RouteState
 from twn_kernels.ops import LoRA, Norm, Projection, RoutePlan, dual_lora_group
-from twn_kernels.ops.choice import resolve
+from twn_kernels.ops.choice import resolve, serving
+from twn_kernels.ops.choice_table import DEFAULT
 
-__all__ = ["ReadySite", "SiteGroup", "SiteMember", "fitting_dtype"]
+__all__ = ["ReadySite", "SiteGroup", "SiteMember", "fitting_dtype", "layers_of"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -166,11 +167,11 @@ class SiteGroup:
 
     def prefers_epilogue(self, ready: ReadySite, x: Tensor) -> bool:
         """Whether gate and up should be combined where they are made, rather than where ``down`` reads them."""
-        return self._serving(ready.impl, x, x.shape[:-1]) != "blas"
+        return self._serving_now(ready, x) != "blas"
 
     def _panels(self, ready: ReadySite, x: Tensor) -> tuple[Tensor, ...]:
         """The packed weights, where they are those of this call's linears and serve it."""
-        if ready.leader is None or x.dtype not in _HALF or self._serving(ready.impl, x, x.shape[:-1]) != "blas":
+        if ready.leader is None or x.dtype not in _HALF or self._serving_now(ready, x) != "blas":
             return ()
         if self.packing is None:
             if self._unpackable is not None or not self.packs_on(x.device) or _is_recorded():
@@ -181,10 +182,29 @@ class SiteGroup:
             return ()
         return self.packing.panels(ready.projections)
 
+    def _serving_now(self, ready: ReadySite, x: Tensor) -> str:
+        """What serves this very call: an implementation may not take its tensors, or not its gradients."""
+        taken = self._serving(ready.impl, x, x.shape[:-1])
+        if taken == DEFAULT or torch.compiler.is_compiling():
+            return taken
+        layers = layers_of(ready.projections)
+        grads = torch.is_grad_enabled() and (
+            x.requires_grad or any(t is not None and t.requires_grad for tensors in layers for t in tensors)
+        )
+        tokens = x.shape[:-1].numel()
+        return serving(ready.impl, x, layers, site=self.site, tokens=tokens, differentiable=grads).impl
+
     def _serving(self, impl: str, like: Tensor, lead: torch.Size | None) -> str:
         # A traced token count is symbolic; every choice is exact, so the one without it is good enough there.
         tokens = None if lead is None or torch.compiler.is_compiling() else lead.numel()
         return resolve(impl, like.device, like.dtype, site=self.site, tokens=tokens)
+
+
+def layers_of(projections: Sequence[Projection]) -> tuple[list[Tensor | None], ...]:
+    """``weights, A_r, B_r, A_e, B_e`` of projections; None where one lacks the adapter."""
+    weights = [projection.weight for projection in projections]
+    sides = [[p.reasoning for p in projections], [p.embedding for p in projections]]
+    return weights, *([None if lora is None else lora[part] for lora in side] for side in sides for part in (0, 1))
 
 
 def fitting_dtype(dtype: torch.dtype, used: set[torch.dtype]) -> torch.dtype | None:

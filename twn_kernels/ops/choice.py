@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -16,7 +17,14 @@ from twn_kernels.errors import ImplUnavailable, OptionError, did_you_mean, quote
 from twn_kernels.ops.choice_table import DEFAULT, SITES, Row, packaged
 from twn_kernels.settings import ENV_IMPL, IMPLS, impl_override
 
+AUTO = "auto"
+# What :func:`requested` calls "auto" in a call that may be differentiated: an implementation without a backward pass is
+# no choice there. A traced op knows of gradients when it is traced, and of its token count when it runs.
+DIFFERENTIABLE = "auto, differentiable"
+
+_AUTO = (AUTO, DIFFERENTIABLE)
 _LINEAR = SITES[0]
+_INFERENCE_ONLY = ("cuda",)
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _TRITON_MIN_CAPABILITY = (8, 0)  # bf16 tensor cores begin there
 
@@ -29,7 +37,13 @@ class Choice(NamedTuple):
 
 
 def resolve(
-    impl: str, device: torch.device, dtype: torch.dtype, *, site: str | None = None, tokens: int | None = None
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    site: str | None = None,
+    tokens: int | None = None,
+    differentiable: bool = False,
 ) -> str:
     """The implementation that serves ``impl`` on this device and dtype; asks the device nothing where it can avoid it.
 
@@ -39,6 +53,7 @@ def resolve(
         device, dtype: of ``x``.
         site: site group (``"qkv"``, ``"o"``, ``"gate_up"``, ``"down"``); None: one linear by itself.
         tokens: rows of ``x``, a plain integer; None: not known, which no row of the table serves.
+        differentiable: the call may need a backward pass.
 
     Raises:
         OptionError: no such implementation or site.
@@ -46,28 +61,84 @@ def resolve(
         TableError: the package's table of measurements is damaged.
     """
     _check_site(site)
-    if impl == "auto":
+    differentiable = differentiable or impl == DIFFERENTIABLE
+    source = "impl"
+    if impl in _AUTO:
         override = impl_override()
         if override is None or override == "auto":
-            return _auto(device, dtype, site, tokens)
-        _check_name(override, ENV_IMPL)
-        _check_available(override, device, dtype, ENV_IMPL)
-        return override
-    _check_name(impl, "impl")
-    _check_available(impl, device, dtype, "impl")
+            taken = _auto(device, dtype, site, tokens)
+            return DEFAULT if differentiable and taken in _INFERENCE_ONLY else taken
+        impl, source = override, ENV_IMPL
+    _check_name(impl, source)
+    if differentiable:
+        _check_backward(impl, source)
+    _check_available(impl, device, dtype, source)
     return impl
 
 
-def requested(impl: str, device: torch.device, dtype: torch.dtype, site: str | None = None) -> str:
+def serving(
+    impl: str,
+    x: torch.Tensor,
+    layers: Sequence[Sequence[torch.Tensor | None]],
+    *,
+    site: str | None = None,
+    tokens: int | None = None,
+    differentiable: bool = False,
+) -> Choice:
+    """What serves a call on these very tensors, and why it is not what the table says; the reason is empty otherwise.
+
+    An implementation may offer ``refusal(x, weights, A_r, B_r, A_e, B_e)``: why it cannot serve such tensors. It is
+    asked where ``"auto"`` picked it; a named one raises by itself.
+
+    Args:
+        impl, site, tokens, differentiable: as in :func:`resolve`.
+        x: the input, or a tensor of its dtype and device.
+        layers: ``weights, A_r, B_r, A_e, B_e``, one entry a projection each; None or rank 0: no such adapter.
+
+    Raises:
+        As :func:`resolve`.
+    """
+    taken = resolve(impl, x.device, x.dtype, site=site, tokens=tokens, differentiable=differentiable)
+    if taken == DEFAULT or impl not in _AUTO or impl_override() not in (None, "auto"):
+        return Choice(taken, "")
+    reason = refusal_of(taken, x, layers)
+    return Choice(taken, "") if reason is None else Choice(DEFAULT, reason)
+
+
+def refusal_of(impl: str, x: torch.Tensor, layers: Sequence[Sequence[torch.Tensor | None]]) -> str | None:
+    """Why ``impl`` cannot serve such tensors, arguments as in :func:`serving`; None where it can."""
+    ask = getattr(load(impl), "refusal", None)
+    return None if ask is None else ask(x, *layers)
+
+
+def candidates(impl: str, device: torch.device, dtype: torch.dtype, *, site: str | None) -> list[str]:
+    """Every implementation that may serve calls of a site that ask for ``impl``, by their token count."""
+    if impl == "auto":
+        impl = impl_override() or "auto"
+    if impl != "auto":
+        return [impl]
+    if device.type != "cuda" or dtype == torch.float64:
+        return [_auto(device, dtype, site, None)]
+    return sorted({DEFAULT, *(row.impl for row in _usable(device, dtype, site or _LINEAR)[1])})
+
+
+def requested(
+    impl: str, device: torch.device, dtype: torch.dtype, site: str | None = None, *, differentiable: bool = False
+) -> str:
     """``impl`` for a registered op: a name, checked now; or ``"auto"``, which the op resolves when it runs.
 
     A traced call must not look at its token count: it is symbolic, and choosing by it would bind the graph to it.
+
+    Args:
+        impl, device, dtype, site, differentiable: as in :func:`resolve`.
 
     Raises:
         As :func:`resolve`.
     """
     _check_site(site)
-    return impl if impl == "auto" else resolve(impl, device, dtype)
+    if impl == "auto":
+        return DIFFERENTIABLE if differentiable else impl
+    return resolve(impl, device, dtype, differentiable=differentiable)
 
 
 def chosen(
@@ -101,13 +172,23 @@ def explain(
 
 def is_deliberate(impl: str, device: torch.device, dtype: torch.dtype, *, site: str | None, tokens: int) -> bool:
     """Whether what serves a call was asked for or measured, rather than taken for want of either."""
-    if impl != "auto" or impl_override() not in (None, "auto"):
+    if impl not in _AUTO or impl_override() not in (None, "auto"):
         return True
-    return device.type == "cuda" and dtype != torch.float64 and _row(device, dtype, site, tokens) is not None
+    if device.type != "cuda" or dtype == torch.float64:
+        return False
+    row = _row(device, dtype, site, tokens)
+    return row is not None and not (impl == DIFFERENTIABLE and row.impl in _INFERENCE_ONLY)
 
 
-def unavailable_reason(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str | None:
-    """Why ``impl`` cannot run on ``device``, as a sentence with the fix; None when it can."""
+def unavailable_reason(
+    impl: str, device: torch.device | str, dtype: torch.dtype | None = None, *, may_build: bool = True
+) -> str | None:
+    """Why ``impl`` cannot run on ``device``, as a sentence with the fix; None when it can.
+
+    Args:
+        impl, device, dtype: which, where, and the dtype of ``x`` where it is known.
+        may_build: what naming it in a call would build counts as there.
+    """
     device = torch.device(device)
     if impl == "reference":
         return None
@@ -116,7 +197,7 @@ def unavailable_reason(impl: str, device: torch.device | str, dtype: torch.dtype
     if impl == "triton":
         return _triton_reason(device)
     if impl == "cuda":
-        return load("cuda").unavailable_reason()
+        return load("cuda").device_reason(device, dtype, may_build=may_build)
     return None
 
 
@@ -139,6 +220,14 @@ def _check_available(impl: str, device: torch.device, dtype: torch.dtype, source
     other = 'use impl="auto"' if source == "impl" else f"unset {source}"
     now = _auto(device, dtype, None, None)
     raise ImplUnavailable(f'{source}="{impl}" was asked for, but {reason} Or {other} (now: {now}).')
+
+
+def _check_backward(impl: str, source: str) -> None:
+    if impl in _INFERENCE_ONLY:
+        raise ImplUnavailable(
+            f'{source}="{impl}" was asked for, but it has no backward pass and a tensor of this call requires a '
+            'gradient. Run it under torch.no_grad(), or use impl="triton" or impl="auto" where gradients are needed.'
+        )
 
 
 def _check_name(impl: str, source: str) -> None:
@@ -201,8 +290,13 @@ def _row(device: torch.device, dtype: torch.dtype, site: str | None, tokens: int
 @functools.cache
 def _usable(device: torch.device, dtype: torch.dtype, site: str) -> tuple[list[int], list[Row]]:
     """First token counts and rows, in order, of what was measured here and can run here."""
-    rows = [row for row in _rows(device, dtype, site) if unavailable_reason(row.impl, device, dtype) is None]
+    rows = [row for row in _rows(device, dtype, site) if _row_refusal(row, device, dtype) is None]
     return [row.min_tokens for row in rows], rows
+
+
+def _row_refusal(row: Row, device: torch.device, dtype: torch.dtype) -> str | None:
+    # Who left the choice open does not wait minutes for a compiler.
+    return unavailable_reason(row.impl, device, dtype, may_build=False)
 
 
 def _rows(device: torch.device, dtype: torch.dtype, site: str) -> list[Row]:
@@ -232,8 +326,10 @@ def _measured_reason(device: torch.device, dtype: torch.dtype, site: str, tokens
 
 
 def _row_reason(row: Row, device: torch.device, dtype: torch.dtype) -> str:
-    reason = unavailable_reason(row.impl, device, dtype)
+    reason = _row_refusal(row, device, dtype)
     fact = f"{row.impl} was the fastest at {row.min_tokens} to {row.max_tokens} tokens ({row.source})"
+    if row.impl in _INFERENCE_ONLY:
+        fact += f", and {DEFAULT} serves where gradients are needed"
     return fact if reason is None else f"{fact}, but cannot run here, so {DEFAULT} serves: {reason.rstrip('.')}"
 
 

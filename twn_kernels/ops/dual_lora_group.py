@@ -86,8 +86,10 @@ def dual_lora_group(
     check_group(x, projections, plan, norm, gated, swiglu, residual)
     lead = x.shape[:-1]
     flat = x.reshape(math.prod(lead), x.shape[-1])
-    layers = _flat_layers(flat, projections, plan, packed, impl, site)
-    if torch.is_grad_enabled() and _wants_grad(x, norm, residual, layers):
+    layers = _flat_layers(flat, projections, plan, packed)
+    differentiable = torch.is_grad_enabled() and _wants_grad(x, norm, residual, layers)
+    layers += (requested(impl, x.device, x.dtype, site, differentiable=differentiable), site)
+    if differentiable:
         y = group_schema.products(_input(flat, norm, gated), *layers)[0]
         if swiglu:
             gate, up = y.chunk(2, dim=1)
@@ -104,8 +106,8 @@ def dual_lora_group(
     return y.split([projection.weight.shape[0] for projection in projections], dim=-1)
 
 
-def _flat_layers(x: Tensor, projections, plan: RoutePlan | None, packed, impl: str, site: str | None) -> tuple:
-    """The arguments that both registered ops share: lists by projection, an absent adapter as rank 0."""
+def _flat_layers(x: Tensor, projections, plan: RoutePlan | None, packed) -> tuple:
+    """Most of what both registered ops share: lists by projection, an absent adapter as rank 0."""
     present = 0
     sides = []
     dtype = next((lora.A.dtype for p in projections for lora in (p.reasoning, p.embedding) if lora), x.dtype)
@@ -123,7 +125,7 @@ def _flat_layers(x: Tensor, projections, plan: RoutePlan | None, packed, impl: s
     routes, is_uniform = (None, False) if plan is None else (plan.routes, plan.is_uniform)
     return (
         [projection.weight for projection in projections], biases, A_r, B_r, A_e, B_e, scaling_r, scaling_e,
-        routes, present, is_uniform, list(packed), requested(impl, x.device, x.dtype, site), site,
+        routes, present, is_uniform, list(packed),
     )  # fmt: skip
 
 

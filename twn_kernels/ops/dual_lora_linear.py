@@ -42,6 +42,7 @@ def dual_lora_linear(
         dropout: LoRA dropout of ``reasoning`` and of ``embedding``, in [0, 1), on the input of ``A``; for training.
             The mask is drawn from torch's generator of the device.
         impl: ``"auto"``, ``"blas"``, ``"triton"``, ``"cuda"`` or ``"reference"``. A named one never falls back.
+            ``"cuda"`` has no backward pass: it is refused where a tensor requires a gradient, in grad mode.
 
     Returns:
         ``[..., out_features]`` in ``x.dtype``.
@@ -86,12 +87,14 @@ def flat_arguments(x, weight, bias, reasoning, embedding, plan, dropout, impl) -
     seed = None
     if dropout_r or dropout_e:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    tensors = (x, weight, bias, A_r, B_r, A_e, B_e)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return (
         # reshape(-1, ...) has no answer for zero features, and numel() would fix the token count in an export.
         x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight, None if bias is None else bias.contiguous(),
         A_r, B_r, A_e, B_e, float(scaling_r), float(scaling_e),
         plan.routes, present, plan.is_uniform, dropout_r, dropout_e, seed,
-        requested(impl, x.device, x.dtype),
+        requested(impl, x.device, x.dtype, differentiable=differentiable),
     )  # fmt: skip
 
 

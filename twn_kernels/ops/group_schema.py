@@ -7,7 +7,6 @@ stands before and after them (norm or gate, SwiGLU, residual), where nothing has
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -75,13 +74,6 @@ def _plain_eager(args) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors_of(args))
 
 
-def _implementation(impl: str, x: Tensor, site: str | None) -> tuple[str, ModuleType]:
-    # Here and not where the op is called: a traced call must not look at its token count.
-    if impl == "auto":
-        impl = choice.resolve(impl, x.device, x.dtype, site=site, tokens=x.shape[0])
-    return impl, choice.load(impl)
-
-
 def _routes(module, routes: Tensor | None, present: int, is_uniform: bool) -> Tensor | None:
     """None where every row takes exactly ``present`` and the implementation knows what to make of that."""
     known = present == 0 or (is_uniform and getattr(module, "GROUP_UNIFORM", False))
@@ -106,11 +98,15 @@ def _run(x, norm_weight, eps, gated, swiglu, residual, layers, **options) -> tup
     weights, biases, *adapters, routes, present, is_uniform, packed, asked, site = layers
     # Autograd gives gradients to lists of tensors alone, so an absent bias travels as an empty one.
     biases = [bias if bias.numel() else None for bias in biases]
-    impl, module = _implementation(asked, x, site)
+    # Here and not where the op is called: a traced call must not look at its token count.
+    impl, refused = asked, ""
+    if asked in (choice.AUTO, choice.DIFFERENTIABLE):
+        impl, refused = choice.serving(asked, x, (weights, *adapters[:4]), site=site, tokens=x.shape[0])
+    module = choice.load(impl)
     if impl != "blas":
         options = {}  # the vendor GEMM alone knows packed weights and borrows a producer
     else:
-        options |= {"packed": packed} | _lent(asked, x, site)
+        options |= {"packed": packed} | ({} if refused else _lent(asked, x, site))
     routes = _routes(module, routes, present, is_uniform)
     with without_autocast(x.device):
         return module.group(
@@ -129,7 +125,9 @@ def _forward(x, *layers) -> tuple[Tensor, Tensor]:
 def _backward(
     dy, x, weights, A_r, B_r, A_e, B_e, scaling_r, scaling_e, s, routes, present, is_uniform, needs, impl, site
 ) -> list[Tensor]:
-    _, module = _implementation(impl, x, site)
+    if impl in (choice.AUTO, choice.DIFFERENTIABLE):
+        impl = choice.resolve(choice.DIFFERENTIABLE, x.device, x.dtype, site=site, tokens=x.shape[0])
+    module = choice.load(impl)
     with without_autocast(x.device):
         dx, *lists = module.group_backward(
             dy, x, weights, A_r, B_r, A_e, B_e, scaling_r, scaling_e, s, _routes(module, routes, present, is_uniform),

@@ -64,7 +64,8 @@ def _runs(function: str):
     def run(
         x, weight, bias, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes, present, is_uniform, p_r, p_e, seed, impl
     ):  # fmt: skip
-        impl = _resolved(impl, x, measured=function == "forward")
+        tensors = ([weight], [A_r], [B_r], [A_e], [B_e])
+        impl = _resolved(impl, x, tensors, measured=function == "forward")
         routes = _routes(impl, routes, is_uniform)
         with without_autocast(x.device):
             return getattr(choice.load(impl), function)(
@@ -78,7 +79,9 @@ def _backward(
     dy, dy_r, dy_e, x, weight, A_r, B_r, A_e, B_e, scaling_r, scaling_e, s, routes, present, is_uniform,
     dropout_r, dropout_e, seed, needs, impl,
 ):  # fmt: skip
-    impl = _resolved(impl, x, measured=dy_r is None)
+    if impl in (choice.AUTO, choice.DIFFERENTIABLE):
+        tokens = x.shape[0] if dy_r is None else None
+        impl = choice.resolve(choice.DIFFERENTIABLE, x.device, x.dtype, tokens=tokens)
     with without_autocast(x.device):
         grads = choice.load(impl).backward(
             dy, dy_r, dy_e, x, weight, A_r, B_r, A_e, B_e, scaling_r, scaling_e, s, _routes(impl, routes, is_uniform),
@@ -87,11 +90,21 @@ def _backward(
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _resolved(impl: str, x: Tensor, *, measured: bool) -> str:
+def _resolved(impl: str, x: Tensor, tensors: tuple, *, measured: bool) -> str:
     """What serves ``"auto"``, now that the token count is known; the fan-out borrows no measurement of the linear."""
-    if impl != "auto":
+    if impl not in (choice.AUTO, choice.DIFFERENTIABLE):
         return impl
-    return choice.resolve(impl, x.device, x.dtype, tokens=x.shape[0] if measured else None)
+    return choice.serving(impl, x, tensors, tokens=x.shape[0] if measured else None).impl
+
+
+def _with_shrinks(function):
+    """A registered op gives every tensor of its schema: zeros for the ``s`` of an implementation for inference."""
+
+    def run(x, weight, bias, A_r, B_r, A_e, *rest):
+        *outputs, s = function(x, weight, bias, A_r, B_r, A_e, *rest)
+        return (*outputs, A_r.new_zeros(x.shape[0], A_r.shape[0] + A_e.shape[0]) if s is None else s)
+
+    return run
 
 
 def _routes(impl: str, routes: Tensor, is_uniform: bool) -> Tensor | None:
@@ -177,7 +190,8 @@ def _register() -> None:
         "dual_lora_linear_backward": (_backward, _fake_backward, _no_second_derivative),
     }
     for name, (kernel, fake, gradients) in table.items():
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        registered = kernel if kernel is _backward else _with_shrinks(kernel)
+        _LIBRARY.impl(name, registered, "CompositeExplicitAutograd")
         torch.library.register_fake(f"twn::{name}", fake, lib=_LIBRARY)
         saves = None if gradients is _no_second_derivative else _save
         torch.library.register_autograd(f"twn::{name}", gradients, setup_context=saves, lib=_LIBRARY)

@@ -1,23 +1,26 @@
-"""The compiled CUDA implementation: what is built, why not, and a refusal until it holds the dual-LoRA kernels."""
+"""The compiled CUDA implementation, for inference: one persistent launch a site group, weights streamed once.
+
+What is built, or why not, is :mod:`.loader`'s to say; which calls are served, :mod:`.fitness`'.
+"""
 
 from __future__ import annotations
 
-from typing import NoReturn
-
-from twn_kernels.errors import ImplUnavailable
+from twn_kernels.impl.cuda.fitness import device_reason, refusal
+from twn_kernels.impl.cuda.launch import backward, fanout, forward, group, group_backward
 from twn_kernels.impl.cuda.loader import unavailable_reason
 
-__all__ = ["backward", "fanout", "forward", "unavailable_reason"]
+UNIFORM = True  # ``forward`` takes ``routes=None``: every row uses what is in ``present``
+GROUP_UNIFORM = True  # and so does ``group``
 
-
-def forward(*args, **kwargs) -> NoReturn:
-    """Refuse: the extension has no dual-LoRA kernel yet.
-
-    Raises:
-        ImplUnavailable: always; the message says whether the extension is built and what to use instead.
-    """
-    raise ImplUnavailable(f'impl="cuda" was asked for, but {unavailable_reason()} Or use impl="auto".')
-
-
-fanout = forward
-backward = forward
+__all__ = [
+    "GROUP_UNIFORM",
+    "UNIFORM",
+    "backward",
+    "device_reason",
+    "fanout",
+    "forward",
+    "group",
+    "group_backward",
+    "refusal",
+    "unavailable_reason",
+]
