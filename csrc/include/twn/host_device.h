@@ -5,6 +5,7 @@
 
 #if defined(__CUDACC__)
 #define TWN_HD __host__ __device__ __forceinline__
+#define TWN_DEVICE __device__ __forceinline__
 #else
 #define TWN_HD inline
 #endif
