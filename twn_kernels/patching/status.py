@@ -11,8 +11,8 @@ from torch import nn
 
 from twn_kernels.checkpoint.names import collapse
 from twn_kernels.errors import ImplUnavailable, PatchError
-from twn_kernels.modules.site_group import ReadySite
-from twn_kernels.ops import LoRA, choice
+from twn_kernels.modules.site_group import ReadySite, layers_of
+from twn_kernels.ops import LoRA, Projection, choice
 from twn_kernels.patching.readiness import CONDITIONS, call_refusal, ready
 from twn_kernels.patching.record import PatchRecord, find_record
 from twn_kernels.patching.specs import FAMILY_SPECS, FamilySpec
@@ -169,18 +169,18 @@ def loras_of(layer: nn.Module, record: PatchRecord) -> dict[str, LoRA]:
     return {name: lora for name, lora in found.items() if lora is not None}
 
 
-def _sites(record: PatchRecord) -> dict[tuple[str, str], tuple[str, str]]:
-    """``(level, why)`` of every site group of a fused block, as it would run now."""
+def _sites(record: PatchRecord) -> dict[tuple[str, str], tuple[str, str, list[Projection]]]:
+    """``(level, why, projections)`` of every site group of a fused block, as it would run now."""
     found = {}
     for path, block in record.blocks.items():
         for site in _FUSED_AS:
             like = block.post_attention_layernorm.weight.detach()
             state = _state(block, site, like)
             if isinstance(state, str):
-                found[path, site] = ("linear", f"now {state}")
+                found[path, site] = ("linear", f"now {state}", [])
             else:
                 notes = [_FUSED_AS[site], block.site_groups[site].packing_note]
-                found[path, site] = ("block", "; ".join(filter(None, notes)))
+                found[path, site] = ("block", "; ".join(filter(None, notes)), state.projections)
     for path in record.blocks:
         # SwiGLU joins the two: neither runs as one call without the other.
         levels = [found[path, site] for site in ("gate_up", "down")]
@@ -199,12 +199,13 @@ def _state(block: nn.Module, site: str, like: torch.Tensor) -> ReadySite | str:
 def _layer_status(path: str, layer: nn.Module, record: PatchRecord, sites: dict) -> LayerStatus:
     group = _group(record.family, path)
     parent = None if record.family is None else record.family.layer_of(path)
-    level, level_why = sites.get((parent, group), ("linear", record.unfused.get(parent, "")))
+    level, level_why, projections = sites.get((parent, group), ("linear", record.unfused.get(parent, ""), []))
     loras = loras_of(layer, record)
     weight = layer.weight
     tensors = [tensor for lora in loras.values() for tensor in (lora.A, lora.B)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    impl, why = _choice(layer, weight, loras, group if level == "block" else None)
+    projections = projections or [Projection(weight, None, *(loras.get(name) for name in ADAPTERS))]
+    impl, why = _choice(layer, weight, loras, group if level == "block" else None, projections)
     return LayerStatus(
         layer=path,
         group=group,
@@ -222,11 +223,22 @@ def _layer_status(path: str, layer: nn.Module, record: PatchRecord, sites: dict)
     )
 
 
-def _choice(layer: nn.Module, weight: torch.Tensor, loras: dict[str, LoRA], site: str | None) -> tuple[str | None, str]:
+def _choice(
+    layer: nn.Module,
+    weight: torch.Tensor,
+    loras: dict[str, LoRA],
+    site: str | None,
+    projections: list[Projection],
+) -> tuple[str | None, str]:
+    at = (layer.impl, weight.device, weight.dtype)
     try:
-        impl, why = choice.chosen(layer.impl, weight.device, weight.dtype, site=site)
+        impl, why = choice.chosen(*at, site=site)
+        refusals = _refusals(*at, site, projections)
     except ImplUnavailable as error:
         return None, str(error)
+    if impl in refusals:  # it was asked for by name: a call raises this
+        return None, refusals[impl]
+    why += "".join(f"; not {name} here, so {impl} serves: {refusals[name]}" for name in refusals)
     if getattr(layer, "merged", False):
         return "PEFT", f"{', '.join(layer.merged_adapters)} merged into the base weight; run by PEFT"
     dtypes = {lora.A.dtype for lora in loras.values()}
@@ -235,6 +247,16 @@ def _choice(layer: nn.Module, weight: torch.Tensor, loras: dict[str, LoRA], site
         stored = ", ".join(sorted(map(_short, dtypes)))
         why += f"; adapters of {stored} are cast in every forward (store them in the base's dtype)"
     return impl, why
+
+
+def _refusals(
+    impl: str, device: torch.device, dtype: torch.dtype, site: str | None, projections: list[Projection]
+) -> dict[str, str]:
+    """Why these very tensors are not served, by each implementation that would serve such calls otherwise."""
+    layers = layers_of(projections)
+    candidates = choice.candidates(impl, device, dtype, site=site)
+    found = {name: choice.refusal_of(name, projections[0].weight, layers) for name in candidates}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def _group(family: FamilySpec | None, path: str) -> str | None:
