@@ -8,14 +8,14 @@
 
 namespace twn {
 
-using DecodeForms80 = struct {
+struct DecodeForms80 {
   using Tokens8 = DecodeLayout<8, 64, 128>;
   using Tokens16 = DecodeLayout<16, 64, 128>;
   using Tokens32 = DecodeLayout<32, 64, 128>;
   using Tokens64 = DecodeLayout<64, 64, 128>;
 };
 
-using DecodeForms90 = struct {
+struct DecodeForms90 {
   using Tokens8 = DecodeLayout<8, 64, 256>;
   using Tokens16 = DecodeLayout<16, 64, 256>;
   using Tokens32 = DecodeLayout<32, 64, 256>;
