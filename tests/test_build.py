@@ -14,21 +14,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_csrc import copy_small, needs_nvcc, write_nvcc
+
+from twn_kernels.impl.cuda import build, loader
 
 ROOT = Path(__file__).resolve().parent.parent
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc: none on PATH or in /usr/local/cuda/bin")
+CXX = shutil.which(os.environ.get("CXX", "g++"))
 ONE_LINE = re.compile(r"^twn_kernels: CUDA extension: .+$", re.MULTILINE)
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of everything that the build reads, with nothing built in it."""
+    """A copy of everything that the build reads, with nothing built in it and little to compile."""
     target = tmp_path / "project"
     target.mkdir()
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
-    for name in ("csrc", "twn_kernels"):
-        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    shutil.copytree(ROOT / "twn_kernels", target / "twn_kernels", ignore=ignore)
+    copy_small(target / "csrc")
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, target)
     (target / "README.md").write_text("twn_kernels\n")
@@ -45,8 +47,8 @@ def record(folder: Path) -> dict:
     return json.loads((folder / "_build_info.json").read_text())
 
 
-def python(project: Path, code: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(project)}
+def python(project: Path, code: str, **variables: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(project)} | variables
     done = subprocess.run([sys.executable, "-c", code], cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -56,31 +58,75 @@ def python(project: Path, code: str) -> str:
 def test_it_builds_and_loads_into_this_torch(project):
     done = setup(project, "build_ext", "--inplace", TWN_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0a")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ONE_LINE.findall(done.stdout) == ["twn_kernels: CUDA extension: built for 8.0;9.0a"]
+    (line,) = ONE_LINE.findall(done.stdout)
+    assert re.fullmatch(r"twn_kernels: CUDA extension: built for 8\.0;9\.0a with nvcc \d+\.\d+ in \d+ s", line)
     info = record(project / "twn_kernels")
     assert info["built"] and info["archs"] == "8.0;9.0a" and info["torch"] == torch.__version__
+    assert (info["wanted"], info["kernels"], info["sources"]) == ("1", "copy", build.digest(project / "csrc"))
     code = (
         "import torch\n"
         "from twn_kernels.impl.cuda import loader\n"
-        "print(loader.build_info().built)\n"
+        "print(loader.build_info())\n"
         "loader.load(); loader.load()\n"
-        "print(torch.ops.twn_cuda.probe.default._schema)\n"
         "try: torch.ops.twn_cuda.probe(torch.ones(3))\n"
         "except RuntimeError as error: print(error)\n"
         "print(loader.unavailable_reason())\n"
     )
-    built, schema, device_check, reason = python(project, code).splitlines()
-    assert built == "True"
-    assert schema == "twn_cuda::probe(Tensor x) -> Tensor"
+    words, device_check, reason = python(project, code).splitlines()
+    assert words.startswith("built for 8.0;9.0a with nvcc ") and words.endswith(", in the package")
     assert device_check.startswith("twn_cuda::probe: x must be on a CUDA device")
-    assert reason == "the extension that is built here holds only twn_cuda::probe, no dual-LoRA kernel yet."
+    assert reason == "None"
+
+
+def schemas(library: Path) -> list[str]:
+    """Of every op that ``library`` registers in a fresh process."""
+    code = (
+        f"import torch; torch.ops.load_library({str(library)!r})\n"
+        "names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith('twn_cuda::')]\n"
+        "for name in names: print(getattr(torch.ops.twn_cuda, name.split('::')[1]).default._schema)\n"
+    )
+    return sorted(python(ROOT, code).splitlines())
+
+
+EXPECTED = sorted(f"twn_cuda::{schema}" for schema in loader.OPS.values())
 
 
 @needs_nvcc
+def test_the_whole_of_csrc_registers_the_ops_that_python_names(tmp_path):
+    """This environment's library; only where that one is of other sources, one is built here, for one architecture."""
+    info = loader.build_info()
+    library = Path(info.path)
+    if not info.built or info.sources != build.digest(ROOT / "csrc"):
+        library = tmp_path / "_C.abi3.so"
+        archs = build.parse_archs("9.0a")
+        build.compile_library(ROOT / "csrc", tmp_path / "build", library, archs, build.find_tools())
+    assert schemas(library) == EXPECTED
+
+
+@pytest.mark.skipif(CXX is None, reason="needs a C++ compiler: neither $CXX nor g++ is on PATH")
+def test_the_bindings_register_the_ops_that_python_names(tmp_path):
+    """Without nvcc: the bindings alone, each launcher replaced by nothing, as no op is called."""
+    tools = build.Tools(Path(torch.__file__).parent, torch.__version__, "no-nvcc", "13.0", (CXX,))
+    every = build.steps(ROOT / "csrc", tmp_path, build.parse_archs(build.DEFAULT_ARCHS), tools)
+    steps = [step for step in every if step.source.suffix == ".cpp"]
+    for step in steps:
+        step.object.parent.mkdir(exist_ok=True)
+    done = [subprocess.Popen([*step.command, "-O0"], stderr=subprocess.PIPE, text=True) for step in steps]
+    failures = [error for process in done for error in [process.communicate()[1]] if process.returncode]
+    assert not failures, failures
+    objects = [str(step.object) for step in steps]
+    symbols = subprocess.run(["nm", *objects], capture_output=True, text=True, check=True).stdout
+    missing = set(re.findall(r" U (_ZN3twn\w+)", symbols)) - set(re.findall(r" [A-TV-Z] (_ZN3twn\w+)", symbols))
+    labels = [f".globl {name}\n{name}:\n" for name in sorted(missing)]
+    (tmp_path / "launchers.s").write_text("".join(labels) + '.section .note.GNU-stack,"",@progbits\n')
+    library = tmp_path / "_C.abi3.so"
+    links = [f"-L{tools.torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([CXX, "-shared", *objects, str(tmp_path / "launchers.s"), *links, "-o", str(library)], check=True)
+    assert schemas(library) == EXPECTED
+
+
 @pytest.mark.gpu
-def test_its_kernel_runs_on_the_current_stream(project):
-    done = setup(project, "build_ext", "--inplace", TWN_BUILD_CUDA="1")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_its_kernel_runs_on_the_current_stream():
     code = (
         "import torch\n"
         "from twn_kernels.impl.cuda import loader\n"
@@ -94,7 +140,7 @@ def test_its_kernel_runs_on_the_current_stream(project):
         "stream.synchronize()\n"
         "assert (y == 1).all()\n"
     )
-    python(project, code)
+    python(ROOT, code)
 
 
 @needs_nvcc
@@ -117,19 +163,42 @@ def test_left_out_on_request_the_wheel_is_pure_and_says_why(project):
     files = zipfile.ZipFile(wheel)
     assert not [name for name in files.namelist() if name.endswith(".so")]
     assert {"twn_kernels/py.typed", "twn_kernels/ops/choices.json"} <= set(files.namelist())
-    assert json.loads(files.read("twn_kernels/_build_info.json"))["reason"] == "TWN_BUILD_CUDA=0 when installing"
+    made = json.loads(files.read("twn_kernels/_build_info.json"))
+    assert (made["built"], made["reason"], made["wanted"]) == (False, "TWN_BUILD_CUDA=0 when installing", "0")
 
 
-def _old_nvcc(folder: Path) -> str:
-    nvcc = folder / "cuda" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
-    nvcc.chmod(0o755)
-    return str(folder / "cuda")
+@needs_nvcc
+def test_a_pure_wheel_holds_what_a_build_on_first_use_needs(project, tmp_path):
+    stale = project / "build" / "lib" / "twn_kernels" / "_csrc" / "kernels" / "of_yesterday.cu"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("no C++\n")
+    done = setup(project, "bdist_wheel", TWN_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (project / "dist").glob("*.whl")
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    shipped, own = installed / "twn_kernels" / "_csrc", project / "csrc"
+    files = {path.relative_to(own) for path in own.rglob("*.*")}
+    assert {path.relative_to(shipped) for path in shipped.rglob("*.*")} == files
+    shutil.rmtree(project)
+    code = (
+        "from twn_kernels.impl.cuda import first_use, loader\n"
+        "first_use.capabilities = lambda: [(8, 0)]\n"
+        "print(loader.build_info().first_use)\n"
+        "import os; os.environ['TWN_BUILD_CUDA'] = '1'\n"
+        "loader.load()\n"
+        "print(loader.build_info())\n"
+    )
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TWN_BUILD_CUDA": "", "TORCH_CUDA_ARCH_LIST": ""}
+    refused, built = python(installed, code, **variables).splitlines()
+    assert refused == "not on first use either (TWN_BUILD_CUDA=0 when installing; set TWN_BUILD_CUDA=1)"
+    assert (
+        built.startswith("built for 8.0 with nvcc ") and f"in the user's cache ({tmp_path}/cache/twn_kernels/" in built
+    )
 
 
 def test_an_old_compiler_is_a_reason_for_auto_and_an_error_when_asked_for(project, tmp_path):
-    home = _old_nvcc(tmp_path)
+    home = str(write_nvcc(tmp_path / "cuda", version="11.8"))
     done = setup(project, "build", CUDA_HOME=home)
     assert done.returncode == 0, done.stderr
     (line,) = ONE_LINE.findall(done.stdout)
@@ -146,14 +215,11 @@ def test_an_old_compiler_is_a_reason_for_auto_and_an_error_when_asked_for(projec
     [
         ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, 'TORCH_CUDA_ARCH_LIST names "Hopper"; write it like "8.0;9.0a+PTX"'),
         ({"TORCH_CUDA_ARCH_LIST": "99.0"}, "Unsupported gpu architecture"),
-        ({"CXX": "/nonexistent/g++"}, "failed"),
-        pytest.param(
-            {"MAX_JOBS": "many"},
-            "invalid literal for int() with base 10: 'many'",
-            marks=pytest.mark.skipif(shutil.which("ninja") is None, reason="only ninja is told how many jobs to run"),
-        ),
+        ({"CXX": "/nonexistent/g++"}, "no C++ compiler: /nonexistent/g++ was not found; install g++ or set CXX"),
+        ({"CXX": "false"}, "failed"),
+        ({"MAX_JOBS": "many"}, 'MAX_JOBS is "many"; give it a whole number from 1 on'),
     ],
-    ids=["misspelt-arch", "unknown-arch", "no-compiler", "misspelt-jobs"],
+    ids=["misspelt-arch", "unknown-arch", "no-compiler", "broken-compiler", "misspelt-jobs"],
 )
 def test_a_failed_build_never_fails_an_auto_install(project, variables, reason):
     done = setup(project, "build", **variables)
@@ -162,7 +228,9 @@ def test_a_failed_build_never_fails_an_auto_install(project, variables, reason):
     assert line.startswith("twn_kernels: CUDA extension: not built (") and reason in line
     (package,) = project.glob("build/lib*/twn_kernels")
     assert not record(package)["built"] and not (package / "_C.abi3.so").exists()
-    assert setup(project, "build", TWN_BUILD_CUDA="1", **variables).returncode != 0
+    done = setup(project, "build", TWN_BUILD_CUDA="1", **variables)
+    assert done.returncode != 0
+    assert reason in done.stderr and done.stderr.rstrip().endswith("Fix it, or set TWN_BUILD_CUDA=0")
 
 
 def test_an_unknown_switch_is_named(project):
@@ -186,8 +254,8 @@ def test_the_source_archive_can_build_it(project):
     assert done.returncode == 0, done.stderr
     (archive,) = (project / "dist").glob("*.tar.gz")
     names = {name.split("/", 1)[-1] for name in tarfile.open(archive).getnames()}
-    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*")}
-    assert sources and sources | {"setup.py", "LICENSE"} <= names
+    sources = {str(path.relative_to(project)) for path in project.glob("csrc/**/*.*")}
+    assert sources and sources | {"setup.py", "LICENSE", "twn_kernels/impl/cuda/build.py"} <= names
 
 
 def test_device_code_includes_no_torch():

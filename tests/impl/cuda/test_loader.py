@@ -8,48 +8,56 @@ import pytest
 import torch
 
 from twn_kernels.errors import DeviceError, ImplUnavailable, ShapeError
-from twn_kernels.impl import cuda
-from twn_kernels.impl.cuda import loader
-from twn_kernels.ops import LoRA, RoutePlan, dual_lora_linear
+from twn_kernels.impl.cuda import first_use, loader
 
 BUILT = {"built": True, "reason": "", "archs": "8.0", "nvcc": "13.0", "torch": "2.12.0"}
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An empty package folder in place of the installed one; nothing counts as loaded."""
+    """An empty package folder in place of the installed one; nothing counts as loaded, and no GPU is here."""
     monkeypatch.setattr(loader, "_PACKAGE", tmp_path)
-    loader.load.cache_clear()
+    monkeypatch.setattr(first_use, "capabilities", list)
+    monkeypatch.delenv("TWN_BUILD_CUDA", raising=False)
+    loader._loaded.cache_clear()
     yield tmp_path
-    loader.load.cache_clear()
+    loader._loaded.cache_clear()
 
 
 def write(package, **fields):
     (package / "_build_info.json").write_text(json.dumps(fields))
 
 
+NO_GPU = "torch sees no CUDA GPU; it runs on one alone"
+
+
 def test_without_a_record(package):
     info = loader.build_info()
     assert not info.built
-    assert str(info) == "not built (no record of a build: the package was not installed with pip)"
+    words = f"not on first use either ({NO_GPU})"
+    assert str(info) == f"not built (no record of a build: the package was not installed with pip); {words}"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"built"', "{}", "null"])
 def test_a_damaged_record(package, text):
     (package / "_build_info.json").write_text(text)
-    assert str(loader.build_info()) == "not built (_build_info.json is damaged)"
+    assert loader.build_info().reason == "_build_info.json is damaged" and not loader.build_info().built
 
 
 def test_a_library_that_vanished(package):
     write(package, **BUILT)
-    assert str(loader.build_info()) == "not built (_C.abi3.so was built but is no longer beside the package)"
+    info = loader.build_info()
+    assert (info.built, info.archs) == (False, "")
+    assert info.reason == "_C.abi3.so was built but is no longer beside the package"
 
 
-def test_a_built_one_says_for_what(package):
-    write(package, **BUILT)
+def test_a_built_one_says_for_what_and_where(package):
+    write(package, **BUILT, kernels="copy decode_sm80", seconds="83")
     (package / "_C.abi3.so").touch()
-    assert str(loader.build_info()) == "built for 8.0 with nvcc 13.0 against torch 2.12.0"
-    assert loader.unavailable_reason().endswith("holds only twn_cuda::probe, no dual-LoRA kernel yet.")
+    info = loader.build_info()
+    assert str(info) == "built for 8.0 with nvcc 13.0 against torch 2.12.0, in the package"
+    assert info.path == str(package / "_C.abi3.so")
+    assert (info.kernels, info.seconds, info.first_use) == ("copy decode_sm80", "83", "")
 
 
 def test_a_library_that_does_not_load(package):
@@ -60,30 +68,21 @@ def test_a_library_that_does_not_load(package):
     assert str(caught.value).endswith(f"\n  Rebuild: {loader.REBUILD}")
 
 
-def test_loading_what_is_not_built(package):
-    write(package, built=False, reason="no nvcc when installing")
-    with pytest.raises(ImplUnavailable, match=r"not built \(no nvcc when installing\)\.\n  Rebuild: TWN_BUILD_CUDA=1"):
-        loader.load()
+def test_what_does_not_load_is_no_implementation(package):
+    write(package, **BUILT)
+    (package / "_C.abi3.so").write_bytes(b"no library")
+    reason = loader.unavailable_reason()
+    assert reason.startswith("the CUDA extension was built against torch 2.12.0 and does not load into torch ")
+    assert reason.endswith(f"\n  Rebuild: {loader.REBUILD}  ")
 
 
-@pytest.mark.parametrize("name", ["forward", "fanout", "backward"])
-def test_every_entry_refuses(package, name):
-    write(package, built=False, reason="no nvcc when installing")
-    with pytest.raises(ImplUnavailable, match=r'impl="cuda" was asked for, but the extension is not built \(no nvcc'):
-        getattr(cuda, name)()
-
-
-def test_the_public_op_refuses_with_the_reason_and_the_fix(package):
-    write(package, built=False, reason="no nvcc when installing")
-    x, lora = torch.randn(2, 8), LoRA(torch.randn(4, 8), torch.randn(8, 4), 1.0)
+def test_what_is_not_built_says_why_and_what_to_do(package):
+    write(package, built=False, reason="no nvcc was found; set CUDA_HOME", wanted="auto")
+    why = f"not built (no nvcc was found; set CUDA_HOME), nor can it be on first use ({NO_GPU})"
+    assert loader.unavailable_reason() == f"the extension is {why}.\n  Rebuild: {loader.REBUILD}  "
     with pytest.raises(ImplUnavailable) as caught:
-        dual_lora_linear(x, torch.randn(8, 8), None, lora, lora, RoutePlan.uniform("both", 2), impl="cuda")
-    words = " ".join(str(caught.value).split())
-    assert words == (
-        'impl="cuda" was asked for, but the extension is not built (no nvcc when installing). '
-        "Rebuild: TWN_BUILD_CUDA=1 pip install --no-build-isolation -e . "
-        'Or use impl="auto" (now: blas).'
-    )
+        loader.load()
+    assert str(caught.value) == f"the CUDA extension is {why}.\n  Rebuild: {loader.REBUILD}"
 
 
 def test_probe_checks_its_argument(monkeypatch):
