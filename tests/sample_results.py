@@ -11,7 +11,7 @@ from twn_kernels.benchmarking.results import Row, Run, Time
 
 H200 = {"device": "NVIDIA H200", "device_type": "cuda", "gpu": {"capability": "9.0", "driver": "580.1"}}
 CPU = {"device": "Some CPU @ 2 GHz", "device_type": "cpu"}
-OURS = {"fused_base", "ours_auto", "ours_blas", "ours_triton", "ours_cuda"}
+OURS = {"fused_base", "fused_base_cuda", "ours_auto", "ours_blas", "ours_triton", "ours_cuda"}
 
 
 def row(case: Case, contender: str, median: float | None = 100.0, *, spread: float = 0.02, **fields) -> Row:

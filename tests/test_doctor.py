@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_stand_in
 import pytest
 import torch
 
@@ -181,7 +182,7 @@ def test_an_override_that_cannot_work_is_red(monkeypatch):
 @pytest.mark.parametrize(("built", "status"), [(False, doctor.NOT_AVAILABLE), (True, doctor.FAIL)])
 def test_the_extension_absent_or_unloadable(monkeypatch, tmp_path, built, status):
     monkeypatch.setattr(loader, "_PACKAGE", tmp_path)
-    loader.load.cache_clear()
+    loader._loaded.cache_clear()
     (tmp_path / "_build_info.json").write_text(json.dumps({"built": built, "reason": "no nvcc when installing"}))
     (tmp_path / "_C.abi3.so").write_bytes(b"no library")
     check = by_name(doctor._installation(torch.device("cpu")))["CUDA extension"]
@@ -193,3 +194,37 @@ def test_the_last_line_counts():
     checks = [doctor.Check("a", doctor.OK), doctor.Check("b", doctor.FAIL, "x", "y"), doctor.Check("c", doctor.OK)]
     assert doctor.render(checks) == "2 ok, 1 FAIL, 0 not available"
     assert str(checks[1]).splitlines() == ["FAIL           b: x", "               fix: y"]
+
+
+def _of_cuda(monkeypatch, break_it=lambda stand_in: None) -> dict[str, doctor.Check]:
+    break_it(cuda_stand_in.install(monkeypatch))
+    monkeypatch.setattr(doctor, "IMPLS", ("auto", "cuda"))
+    return {name: check for name, check in by_name(doctor.examine("cpu")).items() if ", cuda, " in name}
+
+
+def test_an_implementation_for_inference_is_checked_in_what_it_does(monkeypatch):
+    checks = _of_cuda(monkeypatch)
+    ok = {name for name, check in checks.items() if check.status == doctor.OK}
+    parts = ("dual_lora_linear forward", "dual_lora_group forward", "dual_lora_group isolation")
+    assert ok == {f"{part}, cuda, {dtype}, cpu" for part in parts for dtype in ("fp16", "bf16")}
+    assert {check.status for name, check in checks.items() if name not in ok} == {doctor.NOT_AVAILABLE}
+    assert checks["dual_lora_group backward, cuda, bf16, cpu"].detail == "cuda is for inference"
+    by_dtype = by_name(doctor.examine("cpu"))
+    assert "its kernels take float16 and bfloat16, not float32" in by_dtype["cuda, fp32, cpu"].detail
+    assert "must be in the dtype of x" in by_dtype["cuda, bf16 with fp32 adapters, cpu"].detail
+
+
+@pytest.mark.parametrize(
+    ("wrong", "red"),
+    [(lambda y: y * 1.03, {"forward", "isolation"}), (lambda y: y + y.sum(0) * 0, {"isolation"})],
+    ids=["wrong number", "leaking NaN"],
+)
+def test_a_wrong_kernel_turns_its_checks_red(monkeypatch, wrong, red):
+    def break_it(stand_in):
+        right = stand_in._decode
+        monkeypatch.setattr(stand_in, "_decode", lambda *call: wrong(right(*call)))
+
+    checks = _of_cuda(monkeypatch, break_it)
+    for part in ("forward", "isolation"):
+        check = checks[f"dual_lora_group {part}, cuda, bf16, cpu"]
+        assert check.status == (doctor.FAIL if part in red else doctor.OK), check

@@ -148,3 +148,18 @@ def test_another_card_gets_values_without_a_verdict(name, judged):
 def test_rounding_does_not_carry_a_value_across_its_limit():
     found = verdicts(layer(QKV, fused_base=1000.0, ours_auto=1040.004))["prefill-8B"]
     assert "| 4.0004 % | missed (0 of 1 rows meet it) |" in "\n".join(target_rows([found]))
+
+
+def test_decode_is_judged_by_its_own_kernels_where_they_were_timed():
+    both = {"fused_base": 100.0, "ours_auto": 150.0, "fused_base_cuda": 50.0, "ours_cuda": 54.0}
+    found = verdicts(layer(DECODE, **both))["decode-4B"]
+    assert outcome(found) == (MET, 8.0, f"{DECODE.id.replace('-qkv-', '-*-')}-ours_cuda")
+    without = verdicts(layer(DECODE, **both | {"fused_base_cuda": None}))["decode-4B"]
+    assert outcome(without) == (MISSED, 50.0, f"{DECODE.id.replace('-qkv-', '-*-')}-ours_auto")
+    step = replace(STEP, suite="layer", layers=1)
+    assert outcome(verdicts(contest(step, **both))["decode-8B"]) == (MET, 8.0, f"{step.id}-ours_cuda")
+
+
+def test_prefill_is_judged_by_what_a_user_gets():
+    rows = layer(QKV, fused_base=100.0, ours_auto=110.0, fused_base_cuda=50.0, ours_cuda=50.0)
+    assert outcome(verdicts(rows)["prefill-8B"])[:2] == (MISSED, 10.0)

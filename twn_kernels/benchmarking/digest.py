@@ -17,6 +17,8 @@ from twn_kernels.errors import ResultError
 
 __all__ = [
     "AUTO",
+    "CUDA",
+    "CUDA_BASE",
     "FUSED_BASE",
     "PLAIN",
     "Contest",
@@ -32,7 +34,9 @@ __all__ = [
 ]
 
 AUTO = "ours_auto"  # what a user gets who names no implementation: it answers for the package
+CUDA = "ours_cuda"
 FUSED_BASE = "fused_base"
+CUDA_BASE = "fused_base_cuda"  # the same kernels as CUDA without adapters
 PLAIN = "plain"  # the stock linears or model, without adapters
 # These bound a contest rather than compete: they leave the adapters out, or hold another copy of the weights for each
 # combination of adapters.
@@ -203,11 +207,11 @@ class LayerSum:
         first, site = self.case.case, self.case.site
         return f"{first.replace(f'-{site}-', '-*-', 1)}-{contender}"
 
-    def overhead(self, contender: str) -> float | None:
+    def overhead(self, contender: str, base: str = FUSED_BASE) -> float | None:
         """Percent over our own fused base; None where either was not timed in all four."""
-        if contender not in self.medians or FUSED_BASE not in self.medians:
+        if contender not in self.medians or base not in self.medians:
             return None
-        return 100 * (self.medians[contender] / self.medians[FUSED_BASE] - 1)
+        return 100 * (self.medians[contender] / self.medians[base] - 1)
 
     @property
     def alternatives(self) -> list[str]:

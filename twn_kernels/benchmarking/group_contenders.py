@@ -48,6 +48,8 @@ def differentiated(problem: Problem, inputs: Inputs, run, used: list[int]):
 def _ours(impl: str, *, base_only: bool = False):
     def build(problem: Problem) -> Built:
         reason = None if impl == "auto" else choice.unavailable_reason(impl, problem.device, problem.dtype)
+        if reason is None and choice.is_for_inference(impl) and problem.case.pass_ == "forward_backward":
+            reason = f"{impl} is for inference: it has no backward pass."
         if reason is not None:
             raise Unavailable(" ".join(reason.split()))
         used = [] if base_only else problem.used
@@ -95,12 +97,15 @@ class _Group:
         self.site, self.impl = site, impl
         where = site.name if problem.case.suite == "group" else None
         tokens = problem.case.tokens
-        self.taken = choice.resolve(impl, problem.device, problem.dtype, site=where, tokens=tokens)
+        training = problem.case.pass_ == "forward_backward"
+        self.taken = choice.resolve(
+            impl, problem.device, problem.dtype, site=where, tokens=tokens, differentiable=training
+        )
         loras = [(None, None) if base_only else pair for pair in inputs.loras]
         weights = list(inputs.weights)
         self.added_bytes = 0 if base_only else _adapter_bytes(inputs.loras)
         self.packed = None
-        if self.taken == "blas" and where is not None and problem.case.pass_ != "forward_backward":
+        if self.taken == "blas" and where is not None and not training:
             members = [_member(weight, pair) for weight, pair in _layers(inputs)]
             self.packed = PackedGroup(members)
             self.added_bytes += self.packed.added_bytes
@@ -338,6 +343,8 @@ GROUP_CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender("fused_base", _ours("auto", base_only=True), is_baseline=False, base_only=True),
+        # The base of cuda's own overhead: its kernels without adapters, whatever auto takes.
+        Contender("fused_base_cuda", _ours("cuda", base_only=True), False, True, passes=("forward", "decode")),
         *(Contender(f"ours_{impl}", _ours(impl), is_baseline=False) for impl in IMPLS),
         Contender("plain", _plain, base_only=True),
         Contender("merged", _merged),

@@ -55,6 +55,8 @@ def _ours(impl: str, *, base_only: bool = False):
         import twn_kernels
 
         reason = None if impl == "auto" else choice.unavailable_reason(impl, problem.device, problem.dtype)
+        if reason is None and choice.is_for_inference(impl) and problem.case.pass_ == "forward_backward":
+            reason = f"{impl} is for inference: it has no backward pass."
         if reason is not None:
             raise Unavailable(" ".join(reason.split()))
         taken = _resolved(problem, impl)
@@ -82,9 +84,9 @@ def _ours(impl: str, *, base_only: bool = False):
 
 def _resolved(problem: ModelProblem, impl: str) -> str:
     """The implementation of all sites, or those that differ joined by ``+``."""
-    tokens = problem.case.tokens
+    tokens, training = problem.case.tokens, problem.case.pass_ == "forward_backward"
     taken = [
-        choice.resolve(impl, problem.device, problem.dtype, site=site.name, tokens=tokens)
+        choice.resolve(impl, problem.device, problem.dtype, site=site.name, tokens=tokens, differentiable=training)
         for site in problem.case.sites
     ]
     return "+".join(dict.fromkeys(taken))
@@ -334,6 +336,7 @@ MODEL_CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender("fused_base", _ours("auto", base_only=True), is_baseline=False, base_only=True),
+        Contender("fused_base_cuda", _ours("cuda", base_only=True), False, True, passes=("forward", "decode")),
         *(Contender(f"ours_{impl}", _ours(impl), is_baseline=False) for impl in IMPLS),
         Contender("plain", _plain, base_only=True, graph="never"),
         Contender("plain_graph", _plain, base_only=True, passes=("decode",)),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from twn_kernels.benchmarking.cases import GROUPS, MODELS
 from twn_kernels.benchmarking.counters import ELEMENT_BYTES, adapter_elements, base_elements
-from twn_kernels.benchmarking.digest import AUTO, PLAIN, Device
+from twn_kernels.benchmarking.digest import AUTO, CUDA, CUDA_BASE, PLAIN, Contest, Device
 
 __all__ = ["MET", "MISSED", "NOT_JUDGED", "NOT_MEASURED", "Verdict", "judge"]
 
@@ -112,7 +112,12 @@ def _suites(target: _Target) -> str:
 
 
 def _split_overhead(pass_: str, model: str) -> Callable[[Device], Iterator[_Value]]:
-    """Overheads over our own fused base, of rows split between two adapters of rank 64."""
+    """Overheads over our own fused base, of rows split between two adapters of rank 64.
+
+    A decode step is judged by the kernels that were made for it, against themselves without adapters, where both were
+    timed; else by what ``impl="auto"`` took.
+    """
+    own = pass_ == "decode"
 
     def fits(case) -> bool:
         in_range = case.tokens >= _PREFILL_TOKENS if pass_ == "forward" else case.tokens <= _DECODE_TOKENS
@@ -121,19 +126,35 @@ def _split_overhead(pass_: str, model: str) -> Callable[[Device], Iterator[_Valu
 
     def values(device: Device) -> Iterator[_Value]:
         for entry in device.sums:
-            overhead = entry.overhead(AUTO)
+            overhead, name = entry.overhead(CUDA, CUDA_BASE) if own else None, CUDA
+            if overhead is None:
+                overhead, name = entry.overhead(AUTO), AUTO
             if fits(entry.case) and overhead is not None:
-                yield _Value(overhead, entry.id_of(AUTO))
+                yield _Value(overhead, entry.id_of(name))
         for contest in device.contests:
-            ours = contest.ours
-            if contest.case.suite in ("layer", "model") and fits(contest.case) and _over_base(ours) is not None:
-                yield _Value(ours.overhead_percent, ours.id)
+            if contest.case.suite not in ("layer", "model") or not fits(contest.case):
+                continue
+            value = (_cuda_over_its_base(contest) if own else None) or _ours_over_base(contest)
+            if value is not None:
+                yield value
 
     return values
 
 
 def _over_base(row) -> float | None:
     return None if row is None else row.overhead_percent
+
+
+def _cuda_over_its_base(contest: Contest) -> _Value | None:
+    ours, base = contest.row(CUDA), contest.row(CUDA_BASE)
+    if None in (ours, base) or None in (ours.time_us, base.time_us):
+        return None
+    return _Value(100 * (ours.time_us.median / base.time_us.median - 1), ours.id)
+
+
+def _ours_over_base(contest: Contest) -> _Value | None:
+    ours = contest.ours
+    return None if _over_base(ours) is None else _Value(ours.overhead_percent, ours.id)
 
 
 def _base_rows(device: Device) -> Iterator[_Value]:

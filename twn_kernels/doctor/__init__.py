@@ -57,12 +57,19 @@ def examine(device: torch.device | str | None = None) -> Iterator[Check]:
     yield from _installation(device)
     for impl in sorted(set(IMPLS) - {"auto"}, key=lambda name: (name != "reference", name)):
         reason = choice.unavailable_reason(impl, device)
+        if reason is None and impl == "cuda":
+            reason = loader.unavailable_reason(may_build=False)  # a report builds nothing
         if reason is not None:
             detail = f"{' '.join(reason.split())} Instead, {_instead(device)}"
             yield Check(f"{impl} on {device.type}", NOT_AVAILABLE, detail)
             continue
         for dtype in DTYPES:
-            yield from _dual_lora(impl, dtype, device)
+            reason = _refusal(impl, dtype, device)
+            if reason is not None:
+                yield Check(f"{impl}, {dtype}, {device.type}", NOT_AVAILABLE, " ".join(reason.split()))
+                continue
+            check = _inference if choice.is_for_inference(impl) else _dual_lora
+            yield from check(impl, dtype, device)
             yield from group.checks(impl, dtype, device)
     yield from _single_implementation(device)
 
@@ -139,6 +146,31 @@ def _extension(device: torch.device) -> Check:
     except RuntimeError as error:
         return Check("CUDA extension", FAIL, first_line(error), f"{loader.REBUILD}")
     return Check("CUDA extension", OK, f"{info}, loads{' and launches' if device.type == 'cuda' else ''}")
+
+
+def _refusal(impl: str, dtype: str, device: torch.device) -> str | None:
+    """Why ``impl`` does not take layers and adapters of such dtypes."""
+    inputs = _inputs(*DTYPES[dtype], device)
+    layers = [[inputs["weight"]], *([side] for name in ("reasoning", "embedding") for side in inputs[name][:2])]
+    reason = choice.unavailable_reason(impl, device, inputs["x"].dtype)
+    return choice.refusal_of(impl, inputs["x"], layers) if reason is None else reason
+
+
+def _inference(impl: str, dtype: str, device: torch.device) -> Iterator[Check]:
+    """The one op that an implementation without a backward pass has of the three."""
+    inputs, op = _inputs(*DTYPES[dtype], device), "dual_lora_linear"
+    title = check_name(op, "forward", impl, dtype, device)
+    with torch.no_grad():
+        truth, own = ({"y0": _in_torch(of, False)[0]} for of in (_cast(inputs, torch.float64), inputs))
+        try:
+            got = {"y0": _in_package(inputs, False, impl)[0]}
+        except Exception as error:  # the finding itself, as below
+            yield Check(title, FAIL, first_line(error), fix(impl, error))
+        else:
+            yield compare(title, impl, ["y0"], got, truth, own)
+    detail = f"{impl} is for inference, and routes each token to one result"
+    for name in (f"{op} backward", f"{op}_fanout"):
+        yield Check(f"{name}, {impl}, {dtype}, {device.type}", NOT_AVAILABLE, detail)
 
 
 def _dual_lora(impl: str, dtype: str, device: torch.device) -> Iterator[Check]:

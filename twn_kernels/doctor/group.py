@@ -47,6 +47,9 @@ def checks(impl: str, dtype: str, device: torch.device) -> Iterator[Check]:
         return
     for part, (run, sites) in _PARTS.items():
         name = check_name(OP, part, impl, dtype, device)
+        if part == "backward" and choice.is_for_inference(impl):
+            yield Check(name, NOT_AVAILABLE, f"{impl} is for inference")
+            continue
         got, truth, own = {}, {}, {}
         try:
             for site in sites:
@@ -85,6 +88,8 @@ def _isolation(site: str, inputs: dict, impl: str) -> tuple[dict, dict, dict]:
         with torch.no_grad():
             outputs = function(_wide(of) if wide else of)
         found = {f"{site} y{i} of the other rows": y[rows] for i, y in enumerate(outputs)}
+        if choice.is_for_inference(impl):
+            return found
         grads = _gradients(function, _wide(of) if wide else of, rows)
         return found | {f"{site} d({name})": grad for name, grad in grads.items() if ".reasoning." in name}
 

@@ -222,8 +222,13 @@ def _check_available(impl: str, device: torch.device, dtype: torch.dtype, source
     raise ImplUnavailable(f'{source}="{impl}" was asked for, but {reason} Or {other} (now: {now}).')
 
 
+def is_for_inference(impl: str) -> bool:
+    """Whether a named implementation has no backward pass."""
+    return impl in _INFERENCE_ONLY
+
+
 def _check_backward(impl: str, source: str) -> None:
-    if impl in _INFERENCE_ONLY:
+    if is_for_inference(impl):
         raise ImplUnavailable(
             f'{source}="{impl}" was asked for, but it has no backward pass and a tensor of this call requires a '
             'gradient. Run it under torch.no_grad(), or use impl="triton" or impl="auto" where gradients are needed.'
