@@ -17,7 +17,7 @@ int run(const Group& group, int processors, int resident, int stages, uint32_t* 
     for (int i = 0; i < plan.blocks; ++i) order[i] = i;
     char* workspace = static_cast<char*>(std::aligned_alloc(256, round_up<int64_t>(larger<int64_t>(plan.bytes, 1), 256)));
     std::memset(workspace, 0xff, plan.bytes);
-    const bool held = launch<Number, Layout>(plan, stages, order, smaller(resident, plan.blocks), workspace, sync);
+    const bool held = launch<DecodeHost<Number, Layout>>(plan, stages, order, smaller(resident, plan.blocks), workspace, sync);
     std::free(workspace);
     return held ? 0 : 1;
   });

@@ -346,13 +346,13 @@ class DecodeHost {
 
 // Runs every block of a launch, at most `resident` at a time in the order of `order` (a GPU promises no more than that).
 // False where a wait ran out.
-template <typename Number, typename Layout>
+template <typename Host>
 bool launch(const DecodePlan& plan, int stages, const std::vector<int>& order, int resident, char* workspace, uint32_t* sync) {
   std::atomic<int> next{0};
   std::atomic<bool> held{true};
   const auto work = [&] {
     for (int i = next++; i < plan.blocks; i = next++) {
-      DecodeHost<Number, Layout> ops(plan, order[i], stages, workspace, sync);
+      Host ops(plan, order[i], stages, workspace, sync);
       decode_program(ops, plan, order[i]);
       if (ops.failed()) held = false;
     }
