@@ -20,7 +20,7 @@ _BUILD_SECONDS, _DOCTOR_SECONDS, _LAST_WORDS_SECONDS = 900, 300, 30
 
 
 def build(wanted: bool) -> dict[str, Any]:
-    """Build the CUDA extension in place where it is missing and can be built.
+    """Build the CUDA extension in place, for the GPUs that are here, where it is missing or of other sources.
 
     Args:
         wanted: False on a machine that could not run it.
@@ -28,15 +28,22 @@ def build(wanted: bool) -> dict[str, Any]:
     Returns:
         ``built`` and ``detail``.
     """
-    from twn_kernels import env
+    from twn_kernels.impl.cuda import build as recipe
+    from twn_kernels.impl.cuda import first_use
     from twn_kernels.impl.cuda.loader import build_info
 
     info = build_info()
-    if info.built or not wanted:
+    if not wanted or (info.built and info.sources == recipe.digest(ROOT / "csrc")):
         return {"built": info.built, "detail": str(info)}
-    if env.collect()["nvcc"] is None:
-        return {"built": False, "detail": f"{info}; no nvcc here"}
-    done = _run([sys.executable, "setup.py", "build_ext", "--inplace"], _BUILD_SECONDS, TWN_BUILD_CUDA="1")
+    try:
+        archs = first_use.archs_here()
+        recipe.find_tools()
+    except recipe.CannotBuild as error:
+        # A library of other sources is none: it would be measured under this commit's name.
+        what = f"{info}; is of other sources" if info.built else str(info)
+        return {"built": False, "detail": f"{what} and cannot be built now: {error}"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = _run(command, _BUILD_SECONDS, TWN_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST=archs)
     last = (done["output"].strip().splitlines() or [""])[-1]
     return {"built": done["code"] == 0, "detail": last}
 

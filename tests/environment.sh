@@ -72,4 +72,5 @@ if ! "$py" -c "import torchvision" 2>/dev/null; then
 fi
 say "installing twn_kernels"
 install --no-build-isolation --no-deps -e "$(dirname "$0")/.."
-"$py" -c "from twn_kernels.impl.cuda.loader import build_info; print('environment: CUDA extension', build_info())"
+"$py" -c "from twn_kernels.impl.cuda.loader import build_info as of; info = of()
+print('environment: CUDA extension', info, f'(in {info.seconds} s)' * info.built)"

@@ -152,6 +152,7 @@ def _implementations() -> dict:
     """For each implementation "available", or why not; and what ``auto`` takes, on the GPU where torch sees one."""
     import torch
 
+    from twn_kernels.impl.cuda.loader import build_info
     from twn_kernels.ops import choice
     from twn_kernels.settings import IMPLS
 
@@ -161,6 +162,8 @@ def _implementations() -> dict:
         if impl != "auto":
             reason = choice.unavailable_reason(impl, device)
             table[impl] = "available" if reason is None else "not available: " + " ".join(reason.split())
+    if table["cuda"] == "available" and not build_info().built:
+        table["cuda"] = "available: the first call builds it"
     return {**table, "auto": _auto(device, torch.bfloat16 if device.type == "cuda" else torch.float32)}
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from small_csrc import copy_small, needs_nvcc, write_nvcc
 
+from bench import stages
+from twn_kernels import doctor, env
 from twn_kernels.errors import ImplUnavailable
-from twn_kernels.impl.cuda import first_use, loader
+from twn_kernels.impl.cuda import build, first_use, loader
 from twn_kernels.impl.cuda.build import LIBRARY, CannotBuild
+from twn_kernels.ops import choice
 
 ROOT = Path(__file__).resolve().parents[3]
 VARIABLES = ("TWN_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_PATH", "CXX", "MAX_JOBS")
@@ -60,6 +63,25 @@ def test_looking_builds_nothing(here):
     expected = 'the extension is not built yet; naming impl="cuda" in a call builds it.'
     assert loader.unavailable_reason(may_build=False) == expected
     assert calls(here) == 0 and not (here / "cache").exists()
+
+
+def test_reports_build_nothing_and_say_what_a_call_would(here, monkeypatch):
+    monkeypatch.setattr(choice, "unavailable_reason", lambda *_: None)
+    monkeypatch.setattr(doctor, "IMPLS", ("auto", "cuda"))
+    checks = {}
+    for check in doctor.examine("cpu"):
+        checks[check.name] = check
+        if check.name == "cuda on cpu":
+            break
+    assert checks["CUDA extension"].status == checks["cuda on cpu"].status == doctor.NOT_AVAILABLE
+    assert "; first use builds it for 8.0 with nvcc 12.8 in " in checks["CUDA extension"].detail
+    assert checks["cuda on cpu"].detail.startswith(
+        'the extension is not built yet; naming impl="cuda" in a call builds it'
+    )
+    report = env.collect()
+    assert report["implementations"]["cuda"] == "available: the first call builds it"
+    assert report["extension"] == str(loader.build_info())
+    assert calls(here) == 0
 
 
 def test_a_failed_build_is_quoted_kept_and_not_tried_again(here, capsys):
@@ -252,3 +274,30 @@ def test_several_processes_build_once_and_later_ones_not_at_all(here, monkeypatc
     assert re.search(r"^twn_kernels: \.\.\. done in \d+ s: ", "".join(err for _, err in answers), re.MULTILINE)
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
     assert sorted(path.name for path in folder.iterdir()) == [LIBRARY, first_use.RECORD]
+
+
+def test_a_run_on_a_gpu_machine_builds_what_its_gpus_need_and_only_where_it_must(here, monkeypatch):
+    asked = []
+
+    def run(command, seconds, **variables):
+        asked.append((command[1:], variables))
+        return {"code": 0, "output": "first\nlast\n", "timed_out": False}
+
+    monkeypatch.setattr(stages, "_run", run)
+    assert stages.build(False) == {"built": False, "detail": str(loader.build_info())} and asked == []
+    assert stages.build(True) == {"built": True, "detail": "last"}
+    command = ["setup.py", "build_ext", "--inplace"]
+    assert asked == [(command, {"TWN_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"})]
+    package = here / "twn_kernels"
+    (package / LIBRARY).touch()
+    for sources, builds in ((build.digest(ROOT / "csrc"), False), ("of yesterday", True)):
+        asked.clear()
+        (package / first_use.RECORD).write_text(f'{{"built": true, "reason": "", "sources": "{sources}"}}')
+        assert stages.build(True)["built"] and bool(asked) == builds
+    monkeypatch.setattr(first_use, "capabilities", list)
+    asked.clear()
+    found = stages.build(True)
+    assert found["detail"].endswith(
+        "is of other sources and cannot be built now: torch sees no CUDA GPU; it runs on one alone"
+    )
+    assert asked == []
