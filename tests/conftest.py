@@ -150,7 +150,7 @@ def impls_never_sync(monkeypatch: pytest.MonkeyPatch, no_sync) -> None:
     """On a GPU, run every implementation's forward and backward functions under the guard against synchronisation."""
     if not HAS_GPU:
         return
-    for name in ("blas", "triton"):
+    for name in ("blas", "triton", "cuda"):
         module = importlib.import_module(f"{PACKAGE}.impl.{name}")
         for function in ("forward", "fanout", "backward", "group", "group_backward"):
             monkeypatch.setattr(module, function, _guarded(getattr(module, function), no_sync))

@@ -1,6 +1,7 @@
 """What a site group must hold on a GPU, as functions of a case: real shapes there, tiny ones in the interpreter.
 
-A *form* is how the op is asked for: an implementation, or ``blas-packed``, the vendor GEMM on packed weights.
+A *form* is how the op is asked for: an implementation, or ``blas-packed``, the vendor GEMM on packed weights. ``cuda``
+is for inference, in 16 bits, and reads weights only where their rows start at 16-byte words.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from twn_kernels.modules.routing import RouteState, UniformSpec
 from twn_kernels.ops import RoutePlan, dual_lora_group
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 
-FORMS = ("blas", "blas-packed", "triton")
+FORMS = ("blas", "blas-packed", "triton", "cuda")
 NAN = float("nan")
 
 
@@ -194,6 +195,65 @@ def streams_do_not_meet(form: str, cases: list[GroupCase], device, rounds: int) 
             torch.cuda.synchronize()
         for expected, got in zip(alone, together, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def overtaking_graphs(form: str, cases: list[GroupCase], device, rounds: int) -> None:
+    """Graphs captured on one stream and replayed on several at once give what each gives alone."""
+    groups = [Group(form, case, device) for case in cases]
+    alone = [[y.clone() for y in group()] for group in groups]
+    graphs = [captured(group, device) for group in groups]
+    on_gpu = torch.device(device).type == "cuda"
+    streams = [torch.cuda.Stream() if on_gpu else None for _ in groups]
+    for _ in range(rounds):
+        for outputs, _ in graphs:
+            for y in outputs:
+                y.fill_(NAN)
+        for stream, (_, replay) in zip(streams, graphs, strict=True):
+            if on_gpu:
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream) if on_gpu else contextlib.nullcontext():
+                for _ in range(3):
+                    replay()
+        if on_gpu:
+            torch.cuda.synchronize()
+        for expected, (outputs, _) in zip(alone, graphs, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(expected, outputs, strict=True))
+
+
+def chains(form: str, cases: list[GroupCase], device, rounds: int) -> None:
+    """Groups that each read what the one before wrote, queued without a wait: as one after another with waits.
+
+    Every case's output must be the next one's input; the last one's is the first one's again.
+    """
+    groups = [Group(form, case, device) for case in cases]
+    on_gpu = torch.device(device).type == "cuda"
+    start = groups[0].args["x"]
+
+    def run(waits: bool) -> list[torch.Tensor]:
+        x, seen = start, []
+        for _ in range(rounds):
+            for group in groups:
+                x = group(x=x)[0]
+                seen.append(x)
+                if waits and on_gpu:
+                    torch.cuda.synchronize()
+        return seen
+
+    one_by_one = run(waits=True)
+    queued = run(waits=False)
+    assert all(torch.equal(a, b) for a, b in zip(one_by_one, queued, strict=True))
+    for index, group in enumerate(groups):
+        x = start if index == 0 else one_by_one[index - 1]
+        group.args["x"] = x
+        hold(one_by_one[index : index + 1], group.eager(torch.float64), group.eager(), f"{form} link {index}")
+
+
+def answers_without_waiting(form: str, case: GroupCase, device, no_sync) -> None:
+    """A forward pass without gradients reads no device data on the host."""
+    group = Group(form, case, device)
+    group()  # compiles, or builds, outside the guard
+    with no_sync():
+        group()
 
 
 def never_waits(impl: str, case: GroupCase, device, no_sync) -> None:

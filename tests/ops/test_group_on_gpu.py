@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import cuda_stand_in
 import group_bodies as bodies
 import pytest
 import torch
 from group_cases import ROUTES, GroupCase
+
+from twn_kernels.ops import choice
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 IMPLS = ("blas", "triton")
@@ -34,6 +37,18 @@ RANKS = {
 def real(site: str, tokens: int, ranks: str, routes: str, dtype=BF16, **fields) -> GroupCase:
     features, outputs, front, back = SITES[site]
     return GroupCase(tokens, features, outputs, RANKS[ranks][: len(outputs)], dtype, routes, front, back, **fields)
+
+
+@pytest.fixture(autouse=True)
+def extension(request, monkeypatch):
+    """Where there is no GPU, the forms that need the CUDA extension run on a stand-in for it."""
+    callspec = getattr(request.node, "callspec", None)
+    if not torch.cuda.is_available():
+        cuda_stand_in.install(monkeypatch)
+    elif callspec is not None and callspec.params.get("form") == "cuda":
+        reason = choice.unavailable_reason("cuda", torch.device("cuda"))
+        if reason is not None:
+            pytest.skip(f"needs the CUDA extension: {' '.join(reason.split())}")
 
 
 @gpu
@@ -111,6 +126,14 @@ def test_no_synchronisation_forward_or_backward(impl, site, device, no_sync):
     bodies.never_waits(impl, real(site, 64, "uneven", "mixed"), device, no_sync)
 
 
+@gpu
+@pytest.mark.parametrize("tokens", [1, 64, 200])
+@pytest.mark.parametrize("site", ["8b-qkv", "8b-o", "8b-gate_up", "8b-down"])
+@pytest.mark.parametrize("form", bodies.FORMS)
+def test_inference_never_waits(form, site, tokens, device, no_sync):
+    bodies.answers_without_waiting(form, real(site, tokens, "uneven", "mixed"), device, no_sync)
+
+
 # The same bodies on what the interpreter can run in a moment: they are known to run before a GPU sees them.
 TINY = {
     "qkv": GroupCase(9, 32, (24, 16, 16), ((8, 4), (0, 8), (5, 0)), BF16, "mixed", "norm"),
@@ -121,7 +144,7 @@ _each_form = pytest.mark.parametrize("form", bodies.FORMS)
 
 
 @pytest.mark.parametrize("site", TINY)
-@pytest.mark.parametrize("form", ["blas", "blas-packed"])
+@pytest.mark.parametrize("form", ["blas", "blas-packed", "cuda"])
 def test_the_bodies_run_on_tiny_shapes(form, site, device):
     case = TINY[site]
     bodies.forward(form, case, device)

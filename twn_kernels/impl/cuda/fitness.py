@@ -98,9 +98,9 @@ def capability_of(index: int | None) -> tuple[int, int]:
 
 
 def _is_in_words(matrix: Tensor) -> bool:
-    """Whether every row starts at a 16-byte word and lies in one piece."""
+    """Whether every row starts at a 16-byte word, lies in one piece and is not the row before it."""
     pitch, step = matrix.stride()
-    return step == 1 and pitch % WORD == 0 and matrix.data_ptr() % _BYTES == 0
+    return step == 1 and pitch and pitch % WORD == 0 and matrix.data_ptr() % _BYTES == 0
 
 
 def _adapter_misfit(part: str, place: int, dtype: torch.dtype, A: Tensor, B: Tensor) -> TWNError | None:

@@ -138,8 +138,9 @@ def _none(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _in_words(x: Tensor) -> Tensor:
-    """``x`` as it is where its rows start at 16-byte words, else a copy: it is small."""
-    if x.stride(0) % WORD == 0 and x.data_ptr() % _BYTES == 0 and (x.stride(1) == 1 or x.shape[1] == 1):
+    """``x`` as it is where its rows start at 16-byte words and do not overlap, else a copy: it is small."""
+    pitch, step = x.stride()
+    if step == 1 and pitch % WORD == 0 and pitch >= x.shape[1] and x.data_ptr() % _BYTES == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
