@@ -25,7 +25,7 @@ from typing import Any
 
 from twn_kernels.errors import ImplUnavailable
 
-__all__ = ["SHARED_MEMORY_BYTES", "AotReport", "AotWorker", "compile_kernel", "static_report"]
+__all__ = ["SHARED_MEMORY_BYTES", "AotReport", "AotWorker", "compile_kernel", "cuobjdump", "static_report"]
 
 # Shared memory that one thread block may ask for: CUDA programming guide, specifications per compute capability.
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -123,8 +123,8 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _cuobjdump("-res-usage", path)
-        sass = _cuobjdump("-sass", path)
+        usage = cuobjdump("-res-usage", path)
+        sass = cuobjdump("-sass", path)
     found = re.search(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:\d+\s+LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no resource line for the kernel: {usage[:500]}")
@@ -132,7 +132,12 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
     return registers, stack + local, sass
 
 
-def _cuobjdump(option: str, path: Path) -> str:
+def cuobjdump(option: str, path: Path) -> str:
+    """What the ``cuobjdump`` inside the Triton wheel says of a cubin or a library.
+
+    Raises:
+        RuntimeError: it cannot read the file.
+    """
     tool = _tool_folder() / "cuobjdump"
     done = subprocess.run([str(tool), option, str(path)], capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -297,41 +297,52 @@ def _cells(report: AotReport, work: Counted | None) -> list[str]:
     return [str(report.registers), str(report.spill_bytes), shared, *mnemonics, *ratios]
 
 
-def baseline_text(reports: Iterable[AotReport], triton_version: str) -> str:
-    """A baseline file of ``reports``: JSON with one line a kernel, so that a change shows line by line."""
+def baseline_text(reports: Iterable[Any], version: str, compiler: str = "triton", more: tuple[str, ...] = ()) -> str:
+    """A baseline file of ``reports``: JSON with one line a kernel, so that a change shows line by line.
+
+    Args:
+        reports: :class:`AotReport`, or others with its fields.
+        version: of the compiler.
+        compiler: its name.
+        more: fields to record beside those of every report.
+    """
     lines = []
     for report in reports:
-        entry = {name: getattr(report, name) for name in _RECORDED}
+        entry = {name: getattr(report, name) for name in (*_RECORDED, *more)}
         lines.append(f"  {json.dumps(f'sm_{report.arch} {report.variant}')}: {json.dumps(entry)}")
-    head = f'{{\n "format": {BASELINE_FORMAT},\n "triton": {json.dumps(triton_version)},\n "kernels": {{\n'
+    head = f'{{\n "format": {BASELINE_FORMAT},\n "{compiler}": {json.dumps(version)},\n "kernels": {{\n'
     return head + ",\n".join(lines) + "\n }\n}\n"
 
 
-def read_baseline(path: str | Path) -> tuple[str, dict[str, dict[str, Any]]]:
-    """``(Triton version, entry by "sm_<arch> <variant>")`` of a baseline file.
+def read_baseline(
+    path: str | Path, compiler: str = "triton", more: tuple[str, ...] = ()
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """``(version of the compiler, entry by "sm_<arch> <variant>")`` of a baseline file; arguments as it was written.
 
     Raises:
         TableError: the file is missing, damaged or of another format.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = document["format"], document["triton"], document["kernels"]
+        found = document["format"], document[compiler], document["kernels"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TableError(f"{path}: the baseline cannot be read: {type(error).__name__}: {error}.") from error
     if found[0] != BASELINE_FORMAT:
         raise TableError(f"{path}: format must be {BASELINE_FORMAT}, got {found[0]!r}. Write it anew with --baseline.")
     for name, entry in found[2].items():
-        if not isinstance(entry, dict) or set(entry) != set(_RECORDED):
-            raise TableError(f"{path}: {name} must have {', '.join(_RECORDED)}, got {entry!r}.")
+        if not isinstance(entry, dict) or set(entry) != {*_RECORDED, *more}:
+            raise TableError(f"{path}: {name} must have {', '.join((*_RECORDED, *more))}, got {entry!r}.")
     return found[1], found[2]
 
 
-def regressions(report: AotReport, recorded: Mapping[str, Any]) -> list[str]:
+def regressions(report: Any, recorded: Mapping[str, Any]) -> list[str]:
     """What got worse against the recorded entry in a way that no change may: new spills, instructions that are gone."""
     found = []
     if report.spill_bytes > recorded["spill_bytes"]:
         found.append(f"spills {report.spill_bytes} bytes a thread, recorded {recorded['spill_bytes']}")
-    for field, words in (("tensor_core", "tensor-core"), ("bulk_copy", "bulk-copy")):
+    for field, words in (("tensor_core", "tensor-core"), ("bulk_copy", "bulk-copy"), ("wide", "16-byte")):
+        if field not in recorded:
+            continue
         lost = sorted(set(recorded[field]) - set(getattr(report, field)))
         if lost:
             left = ", ".join(getattr(report, field)) or "none"
@@ -339,7 +350,7 @@ def regressions(report: AotReport, recorded: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def growth(report: AotReport, recorded: Mapping[str, Any]) -> str | None:
+def growth(report: Any, recorded: Mapping[str, Any]) -> str | None:
     """More registers than recorded, in words; None where there are not. Worth a look, no failure."""
     if report.registers <= recorded["registers"]:
         return None
