@@ -106,8 +106,8 @@ struct Program {
     for (uint32_t n = 0;; ++n) {
       const int place = n % kRing;
       // Drawn late, so that a block that is busy does not keep a tile from one that is not.
-      if (n > 0) ops.wait(T::hungry(), n - 1 & 1);
-      ops.wait(T::heard(place), n / kRing & 1 ^ 1);
+      if (n > 0) ops.wait(T::hungry(), (n - 1) & 1);
+      ops.wait(T::heard(place), (n / kRing & 1) ^ 1);
       const uint32_t ticket = ops.first_lane([&] { return flags.take_ticket(); });
       const bool none = ticket >= flags.tasks;
       tell(place, {ticket, flags.tag, none ? Users{} : users_of(p.plan, p.routes, p.present, m_tile(ticket),

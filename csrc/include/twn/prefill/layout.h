@@ -21,8 +21,6 @@ constexpr int kWarpgroupLanes = kWarpgroupWarps * kWarpLanes;
 constexpr int kSlotRegisters = kSlot / 2;  // of a lane, for 64 columns
 constexpr int kRing = 2;            // tasks that a block knows of at once
 
-TWN_HD uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
-
 // 64-bit operand descriptor of wgmma: start address, leading and stride byte offsets in units of 16 bytes, swizzle mode 1.
 // The stride is that from eight rows to the next eight; the leading one is not used with this swizzle.
 TWN_HD uint64_t operand_descriptor(uint32_t address) {
