@@ -46,6 +46,8 @@ struct Number<__nv_bfloat16> {
   TWN_DEVICE static __nv_bfloat16 narrow_one(float value) { return __float2bfloat16_rn(value); }
 };
 
+TWN_DEVICE float silu(float value) { return __fdividef(value, 1.0f + __expf(-value)); }
+
 // acc [16 x 8] += left [16 x 16] right [8 x 16]^T; who holds what: decode/layout.h.
 template <typename T>
 TWN_DEVICE void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

@@ -81,10 +81,6 @@ class BulkPipe {
  private:
   TWN_DEVICE uint32_t barrier(int stage) const { return barriers_ + stage * 8; }
 
-  TWN_DEVICE int unit_bytes(const UnitCursor& unit) const {
-    return smaller(Layout::kFeatures, plan_.group.in_features - unit.step * Layout::kFeatures) * 2;
-  }
-
   TWN_DEVICE uint32_t target(int stage, int offset) const {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared_ + stage * Layout::kStageBytes + offset));
   }
@@ -92,11 +88,9 @@ class BulkPipe {
   // Says first how many bytes the stage waits for, those of z among them.
   TWN_DEVICE void copy_weights(int stage, const UnitCursor& unit) const {
     const TilePlace tile = plan_.place_of(unit.tile);
-    const int outputs = plan_.group.projections[tile.projection].out_features;
-    const int rows = smaller(plan_.half_rows(), outputs - tile.first_row) << plan_.group.swiglu;
-    const int bytes = unit_bytes(unit);
+    const int bytes = 2 * plan_.features_in(unit.step);
     if (threadIdx.x == 0) {
-      const uint32_t expected = static_cast<uint32_t>((rows + plan_.group.tokens) * bytes);
+      const uint32_t expected = static_cast<uint32_t>((plan_.rows_in(tile) + plan_.group.tokens) * bytes);
       asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier(stage)), "r"(expected) : "memory");
     }
     __syncwarp();
@@ -118,7 +112,7 @@ class BulkPipe {
     for (int token = threadIdx.x; token < plan_.group.tokens; token += 32) {
       asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                        target(stage, Layout::input_offset(token, 0))),
-                   "l"(z + token * pitch + unit.step * Layout::kFeatures), "r"(unit_bytes(unit)), "r"(barrier(stage))
+                   "l"(z + token * pitch + unit.step * Layout::kFeatures), "r"(2 * plan_.features_in(unit.step)), "r"(barrier(stage))
                    : "memory");
     }
   }

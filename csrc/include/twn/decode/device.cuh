@@ -383,7 +383,7 @@ class DecodeDevice {
     read_out(value, place, token, row);
     if (plan_.group.swiglu) {
       read_out(up, place, token, row + plan_.half_rows());
-      for (int i = 0; i < kVectorFeatures; ++i) value[i] = value[i] / (1.0f + __expf(-value[i])) * up[i];
+      for (int i = 0; i < kVectorFeatures; ++i) value[i] = silu(value[i]) * up[i];
     }
     if (plan_.group.residual != nullptr) {
       const T* residual = static_cast<const T*>(plan_.group.residual) + token * plan_.group.residual_pitch + column;
@@ -461,7 +461,7 @@ class DecodeDevice {
     for (int f = threadIdx.x * kVectorFeatures; f < features; f += kDecodeThreads * kVectorFeatures) {
       widen(wide, x + f);
       widen(up, x + features + f);
-      for (int i = 0; i < kVectorFeatures; ++i) wide[i] = wide[i] / (1.0f + __expf(-wide[i])) * up[i];
+      for (int i = 0; i < kVectorFeatures; ++i) wide[i] = silu(wide[i]) * up[i];
       narrow(z + f, wide);
     }
   }

@@ -28,9 +28,24 @@ struct TilePlace {
   int first_row;
 };
 
+// Units are fewer than 2^31: each is 16 KiB of weights.
 struct UnitRange {
-  int64_t begin, end;
+  int begin, end;
 };
+
+// `total` things in `parts` runs of equal length, the first `longer` of them one longer; counted out once on the host,
+// so that a block knows its own without a division.
+struct Shares {
+  int length, longer;
+
+  TWN_HD int begin(int part) const { return part * length + smaller(part, longer); }
+  TWN_HD int part_of(int index) const {
+    const int in_longer = longer * (length + 1);
+    return index < in_longer ? index / (length + 1) : longer + (index - in_longer) / length;
+  }
+};
+
+TWN_HD constexpr Shares shares(int total, int parts) { return {total / parts, total % parts}; }
 
 // Whose units make a tile: blocks first ... first + count - 1.
 struct TileParts {
@@ -67,31 +82,28 @@ struct DecodePlan {
   int tile_starts[kMaxProjections + 1];  // first tile of each projection
   int rank_tiles;
   int rank_tile_starts[kMaxProjections * kAdapters + 1];  // first rank tile of each block (projection, adapter)
+  Shares unit_shares;   // of the blocks
   int slices;           // of a rank tile's features
+  Shares chunk_shares;  // of the slices
   int s_pitch;          // columns of S
   int64_t z_offset, s_offset, shrink_offset, partial_offset, bytes;  // of the workspace
   int sync_words;
 
-  TWN_HD int64_t units() const { return static_cast<int64_t>(tiles) * unit_steps; }
+  TWN_HD int units() const { return tiles * unit_steps; }
   TWN_HD int front_tasks() const { return group.front == Front::kPlain ? 0 : group.tokens; }
   TWN_HD int tasks() const { return front_tasks() + rank_tiles * slices; }
   TWN_HD int half_rows() const { return group.swiglu ? shape.rows / 2 : shape.rows; }  // rows of one projection in a tile
 
-  TWN_HD UnitRange units_of(int block) const {
-    return {units() * block / blocks, units() * (block + 1) / blocks};
-  }
-
-  TWN_HD int block_of(int64_t unit) const { return static_cast<int>(((unit + 1) * blocks - 1) / units()); }
+  TWN_HD UnitRange units_of(int block) const { return {unit_shares.begin(block), unit_shares.begin(block + 1)}; }
 
   TWN_HD TileParts parts_of(int tile) const {
-    const int64_t begin = static_cast<int64_t>(tile) * unit_steps;
-    const int first = block_of(begin);
-    return {first, block_of(begin + unit_steps - 1) - first + 1};
+    const int begin = tile * unit_steps, first = unit_shares.part_of(begin);
+    return {first, unit_shares.part_of(begin + unit_steps - 1) - first + 1};
   }
 
   // A block has two places for sums that it could not finish: of the tile that it begins in, and of the one it ends in.
   TWN_HD int partial_slot(int block, int tile) const {
-    return 2 * block + (units_of(block).begin / unit_steps == tile ? 0 : 1);
+    return 2 * block + (unit_shares.begin(block) >= tile * unit_steps ? 0 : 1);
   }
 
   TWN_HD int64_t partial_elements() const { return static_cast<int64_t>(shape.rows) * shape.tokens; }
@@ -110,6 +122,13 @@ struct DecodePlan {
     return {tile.projection + second, tile.first_row + (second ? row - half_rows() : row)};
   }
 
+  // Rows of a tile that exist, and features of a unit that do: the others are neither read nor written.
+  TWN_HD int rows_in(TilePlace tile) const {
+    const int rows = smaller(half_rows(), group.projections[tile.projection].out_features - tile.first_row);
+    return group.swiglu ? 2 * rows : rows;
+  }
+  TWN_HD int features_in(int step) const { return smaller(shape.features, group.in_features - step * shape.features); }
+
   // First column of y that a tile writes.
   TWN_HD int64_t output_column(TilePlace tile) const {
     int64_t column = tile.first_row;
@@ -118,10 +137,8 @@ struct DecodePlan {
   }
 
   TWN_HD ShrinkTask shrink_task(int task) const {
-    const int chunks = ceil_div(group.in_features, kChunkFeatures);
     const int tile = task / slices, slice = task % slices;
-    return {tile, slice, static_cast<int>(static_cast<int64_t>(chunks) * slice / slices),
-            static_cast<int>(static_cast<int64_t>(chunks) * (slice + 1) / slices)};
+    return {tile, slice, chunk_shares.begin(slice), chunk_shares.begin(slice + 1)};
   }
 
   TWN_HD RankTile rank_tile(int tile) const {
@@ -142,9 +159,7 @@ struct UnitCursor {
   int tile, step, left;
 
   TWN_HD UnitCursor(const DecodePlan& plan, UnitRange range)
-      : tile(static_cast<int>(range.begin / plan.unit_steps)),
-        step(static_cast<int>(range.begin % plan.unit_steps)),
-        left(static_cast<int>(range.end - range.begin)) {}
+      : tile(range.begin / plan.unit_steps), step(range.begin % plan.unit_steps), left(range.end - range.begin) {}
 
   TWN_HD void advance(const DecodePlan& plan) {
     --left;
@@ -174,9 +189,12 @@ inline DecodePlan decode_plan(const Group& group, DecodeShape shape, int process
   }
   plan.rank_tiles = plan.rank_tile_starts[kMaxProjections * kAdapters];
   plan.s_pitch = plan.rank_tiles * kRankTile;
-  const int most = larger(1, ceil_div(group.in_features, kChunkFeatures) / kMinSliceChunks);
+  const int chunks = ceil_div(group.in_features, kChunkFeatures);
+  const int most = larger(1, chunks / kMinSliceChunks);
   plan.slices = plan.rank_tiles == 0 ? 1 : smaller(most, larger(1, processors / plan.rank_tiles));
-  plan.blocks = static_cast<int>(smaller<int64_t>(processors, larger<int64_t>(plan.units(), 1)));
+  plan.chunk_shares = shares(chunks, plan.slices);
+  plan.blocks = smaller(processors, plan.units());
+  plan.unit_shares = shares(plan.units(), plan.blocks);
 
   constexpr int64_t kAlign = 256, kHalf = 2, kFloat = 4;
   int64_t end = 0;

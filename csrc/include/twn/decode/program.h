@@ -79,10 +79,10 @@ TWN_HD void decode_program(Ops& ops, const DecodePlan& plan, int block) {
   run_tasks(ops, plan);
   wait_for_rows(ops, plan);
   ops.load_inputs_ahead();
-  for (int64_t unit = range.begin; unit < range.end;) {
-    const int tile = static_cast<int>(unit / plan.unit_steps);
-    const int64_t end = smaller(range.end, static_cast<int64_t>(tile + 1) * plan.unit_steps);
-    run_tile(ops, plan, block, tile, static_cast<int>(end - unit));
+  for (int unit = range.begin; unit < range.end;) {
+    const int tile = unit / plan.unit_steps;
+    const int end = smaller(range.end, (tile + 1) * plan.unit_steps);
+    run_tile(ops, plan, block, tile, end - unit);
     unit = end;
   }
   ops.end();

@@ -7,7 +7,7 @@ using namespace twn_host;
 
 namespace {
 
-template <typename Number, typename Forms>
+template <typename Number, typename Forms, bool Bulk>
 int run(const Group& group, int processors, int resident, int stages, uint32_t* sync, int sync_words) {
   return with_form<Forms>(group.tokens, [&](auto form) {
     using Layout = typename decltype(form)::Type;
@@ -17,7 +17,7 @@ int run(const Group& group, int processors, int resident, int stages, uint32_t* 
     for (int i = 0; i < plan.blocks; ++i) order[i] = i;
     char* workspace = static_cast<char*>(std::aligned_alloc(256, round_up<int64_t>(larger<int64_t>(plan.bytes, 1), 256)));
     std::memset(workspace, 0xff, plan.bytes);
-    const bool held = launch<DecodeHost<Number, Layout>>(plan, stages, order, smaller(resident, plan.blocks), workspace, sync);
+    const bool held = launch<DecodeHost<Number, Layout, Bulk>>(plan, stages, order, smaller(resident, plan.blocks), workspace, sync);
     std::free(workspace);
     return held ? 0 : 1;
   });
@@ -31,9 +31,9 @@ extern "C" int group_bytes() { return sizeof(Group); }
 extern "C" int emulate_decode(const Group* group, int arch, int processors, int resident, int stages, uint32_t* sync, int sync_words) {
   const bool half = group->dtype == Dtype::kFloat16;
   if (arch >= 90) {
-    return half ? run<Float16, DecodeForms90>(*group, processors, resident, stages, sync, sync_words)
-                : run<BFloat16, DecodeForms90>(*group, processors, resident, stages, sync, sync_words);
+    return half ? run<Float16, DecodeForms90, true>(*group, processors, resident, stages, sync, sync_words)
+                : run<BFloat16, DecodeForms90, true>(*group, processors, resident, stages, sync, sync_words);
   }
-  return half ? run<Float16, DecodeForms80>(*group, processors, resident, stages, sync, sync_words)
-              : run<BFloat16, DecodeForms80>(*group, processors, resident, stages, sync, sync_words);
+  return half ? run<Float16, DecodeForms80, false>(*group, processors, resident, stages, sync, sync_words)
+              : run<BFloat16, DecodeForms80, false>(*group, processors, resident, stages, sync, sync_words);
 }

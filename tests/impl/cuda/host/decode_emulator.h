@@ -1,11 +1,14 @@
 // The decode kernel on a CPU: the real block program, plan and layouts, with every thread's work done in a plain loop.
 //
 // A block is a host thread. Shared memory begins as NaN, as does the workspace, and rows and features beyond the tensors
-// are never touched. What is emulated here and not shared with the device: the instructions (device.cuh and the pipes).
+// are never touched. Copies happen as late as the rules allow: with the group, or the bytes, that is waited for. What is
+// emulated here and not shared with the device: the instructions (device.cuh and the pipes).
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <deque>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -26,7 +29,8 @@ struct Vector {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-template <typename Number, typename Layout>
+// `Bulk`: a stage is waited for by the bytes that it was promised (sm_90), else by the groups of copies since (sm_80).
+template <typename Number, typename Layout, bool Bulk>
 class DecodeHost {
  public:
   DecodeHost(const DecodePlan& plan, int block, int stages, char* workspace, uint32_t* sync)
@@ -38,7 +42,9 @@ class DecodeHost {
         shared_(Layout::shared_bytes(stages), char(0xff)),
         next_(plan, plan.units_of(block)),
         current_(next_),
-        acc_(kDecodeThreads * kSums, kNan) {
+        acc_(kDecodeThreads * kSums, kNan),
+        promised_(stages, 0),
+        promises_(stages) {
     scratch_ = reinterpret_cast<float*>(shared_.data() + stages * Layout::kStageBytes);
     const bool plain = plan.front_tasks() == 0;
     z_ = plain ? static_cast<const uint16_t*>(group_.x) : half(plan.z_offset);
@@ -49,11 +55,23 @@ class DecodeHost {
 
   void load_weights_ahead(UnitRange range) {
     UnitCursor unit(plan_, range);
-    for (int stage = 0; stage < stages_ && unit.left > 0; ++stage, unit.advance(plan_)) copy_weights(stage, unit);
+    for (int stage = 0; stage < stages_; ++stage) {
+      if (unit.left > 0) {
+        copy_weights(stage, unit);
+        unit.advance(plan_);
+      }
+      groups_.emplace_back();
+    }
   }
   void wait_for_previous_kernels() {}
   void load_inputs_ahead() {
-    for (int stage = 0; stage < stages_ && next_.left > 0; ++stage, next_.advance(plan_)) copy_inputs(stage, next_);
+    for (int stage = 0; stage < stages_; ++stage) {
+      if (next_.left > 0) {
+        copy_inputs(stage, next_);
+        next_.advance(plan_);
+      }
+      groups_.emplace_back();
+    }
   }
 
   void begin() {
@@ -143,6 +161,7 @@ class DecodeHost {
   void clear() { std::fill(acc_.begin(), acc_.end(), 0.0f); }
 
   void multiply_unit() {
+    wait_for_stage();
     const char* stage = shared_.data() + stage_ * Layout::kStageBytes;
     const int left = group_.in_features - current_.step * Layout::kFeatures;
     for (int warp = 0; warp < kWarps; ++warp) {
@@ -169,6 +188,7 @@ class DecodeHost {
       copy_inputs(stage_, next_);
       next_.advance(plan_);
     }
+    groups_.emplace_back();
     stage_ = (stage_ + 1) % stages_;
   }
 
@@ -309,8 +329,34 @@ class DecodeHost {
            (bias == nullptr ? 0.0f : Number::wide(static_cast<const uint16_t*>(bias)[at.first_row]));
   }
 
+  struct Copy {
+    int stage, offset;
+    const uint16_t* source;
+    int bytes;
+  };
+
+  void perform(const std::vector<Copy>& copies) {
+    for (const Copy& copy : copies) std::memcpy(shared_.data() + copy.stage * Layout::kStageBytes + copy.offset, copy.source, copy.bytes);
+  }
+
+  void wait_for_stage() {
+    if (Bulk) {
+      int bytes = 0;
+      for (const Copy& copy : promises_[stage_]) bytes += copy.bytes;
+      if (bytes != promised_[stage_]) std::abort();  // the device would wait for ever, or not long enough
+      perform(promises_[stage_]);
+      promises_[stage_].clear();
+    } else {
+      while (groups_.size() > static_cast<size_t>(stages_)) {  // the last one is still open
+        perform(groups_.front());
+        groups_.pop_front();
+      }
+    }
+  }
+
   void copy_weights(int stage, const UnitCursor& unit) {
     const TilePlace tile = plan_.place_of(unit.tile);
+    promised_[stage] = 2 * plan_.features_in(unit.step) * (plan_.rows_in(tile) + group_.tokens);
     for (int row = 0; row < Layout::kRows; ++row) {
       const TilePlace place = plan_.row_of(tile, row);
       const Projection& projection = group_.projections[place.projection];
@@ -325,7 +371,8 @@ class DecodeHost {
   void copy_row(int stage, int offset, const UnitCursor& unit, const uint16_t* row) {
     const int first = unit.step * Layout::kFeatures;
     const int count = std::min(Layout::kFeatures, group_.in_features - first);
-    std::memcpy(shared_.data() + stage * Layout::kStageBytes + offset, row + first, 2 * count);
+    const Copy copy{stage, offset, row + first, 2 * count};
+    Bulk ? promises_[stage].push_back(copy) : groups_.back().push_back(copy);
   }
 
   const DecodePlan& plan_;
@@ -336,6 +383,9 @@ class DecodeHost {
   std::vector<char> shared_;
   UnitCursor next_, current_;
   std::vector<float> acc_;
+  std::deque<std::vector<Copy>> groups_{1};  // not yet done, oldest first
+  std::vector<int> promised_;
+  std::vector<std::vector<Copy>> promises_;
   float* scratch_;
   const uint16_t* z_;
   int64_t z_pitch_;

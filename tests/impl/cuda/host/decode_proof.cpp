@@ -34,26 +34,25 @@ Group group_of(std::mt19937& random, int tokens) {
 
 void check_units(const DecodePlan& plan) {
   std::vector<int> owner(plan.units(), -1);
-  int64_t least = plan.units(), most = 0;
+  int least = plan.units(), most = 0;
   for (int block = 0; block < plan.blocks; ++block) {
     const UnitRange range = plan.units_of(block);
     least = std::min(least, range.end - range.begin);
     most = std::max(most, range.end - range.begin);
-    for (int64_t unit = range.begin; unit < range.end; ++unit) {
-      CHECK_THAT(owner[unit] == -1, "unit %ld of %d and %d", static_cast<long>(unit), owner[unit], block);
+    for (int unit = range.begin; unit < range.end; ++unit) {
+      CHECK_THAT(owner[unit] == -1, "unit %d of %d and %d", unit, owner[unit], block);
       owner[unit] = block;
-      CHECK_THAT(plan.block_of(unit) == block, "%d", plan.block_of(unit));
+      CHECK_THAT(plan.unit_shares.part_of(unit) == block, "%d", plan.unit_shares.part_of(unit));
     }
     UnitCursor cursor(plan, range);
-    for (int64_t unit = range.begin; unit < range.end; ++unit, cursor.advance(plan)) {
+    for (int unit = range.begin; unit < range.end; ++unit, cursor.advance(plan)) {
       CHECK_THAT(cursor.tile == unit / plan.unit_steps && cursor.step == unit % plan.unit_steps && cursor.left == range.end - unit, "cursor");
     }
   }
-  CHECK_THAT(std::count(owner.begin(), owner.end(), -1) == 0 && least >= 1 && most - least <= 1, "shares %ld to %ld",
-             static_cast<long>(least), static_cast<long>(most));
+  CHECK_THAT(std::count(owner.begin(), owner.end(), -1) == 0 && least >= 1 && most - least <= 1, "shares %d to %d", least, most);
   std::set<std::pair<int, int>> slots;
   for (int tile = 0; tile < plan.tiles; ++tile) {
-    std::set<int> owners(owner.begin() + int64_t{tile} * plan.unit_steps, owner.begin() + int64_t{tile + 1} * plan.unit_steps);
+    std::set<int> owners(owner.begin() + tile * plan.unit_steps, owner.begin() + (tile + 1) * plan.unit_steps);
     const TileParts parts = plan.parts_of(tile);
     CHECK_THAT(parts.count == static_cast<int>(owners.size()) && parts.first == *owners.begin(), "%d from %d", parts.count, parts.first);
     for (int block : owners) {

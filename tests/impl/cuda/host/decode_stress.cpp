@@ -12,7 +12,7 @@ namespace {
 using Layout = DecodeForms80::Tokens16;
 
 // Takes its time where others wait for it, so that one who does not wait is early.
-class SlowHost : public DecodeHost<BFloat16, Layout> {
+class SlowHost : public DecodeHost<BFloat16, Layout, false> {
  public:
   using DecodeHost::DecodeHost;
   void make_row(int token) {
