@@ -131,6 +131,36 @@ def test_activation_where_the_step_says():
     assert torch.equal(gate_scores(features, [GateStep(*first, True), norm, last]), seen[2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_mean_of_the_queries_and_what_follows_it(dtype):
+    queries, last = (2 * torch.randn(37, 5, 16)).to(dtype), torch.randn(37, 8).to(dtype)
+    for features, other, narrow in ((queries, last, 24), (queries, None, 16), (queries[:, 0], last, 24)):
+        steps = [(*weight(11, narrow), True), (*weight(1, 11), False)]
+
+        def joined(dtype, features=features, other=other):
+            mean = features.to(dtype) if features.dim() == 2 else features.to(dtype).sum(1) / features.shape[1]
+            return mean if other is None else torch.cat([mean, other.to(dtype)], dim=1)
+
+        scores = gate_scores(features, [(w, b) for w, b, _ in steps], last=other)
+        truth = by_hand(joined(torch.float64), steps, "gelu")
+        assert truth.std() > 0.05
+        assert_as_good_as_torch(scores, truth, by_hand(joined(torch.float32), steps, "gelu", torch.float32))
+
+
+def test_the_decision_is_that_of_a_python_comparison():
+    # fp32 rounds 0.7 down, so a score of that very number does not reach it.
+    features = torch.special.logit(torch.tensor([0.7]) + torch.arange(-20, 21) * 2**-24)[:, None]
+    layers = [(torch.ones(1, 1), None)]
+    scores, think = gate_scores(features, layers, threshold=0.7)
+    assert torch.equal(scores, gate_scores(features, layers)) and torch.tensor(0.7) in scores
+    assert think.dtype == torch.bool and think.tolist() == [score >= 0.7 for score in scores.tolist()]
+    assert 0 < think.sum() < len(think)
+    size = torch.tensor([[-200.0], [0.0], [200.0], [math.nan]])
+    for threshold, expected in ((0, [1, 1, 1, 0]), (0.5, [0, 1, 1, 0]), (1, [0, 0, 1, 0])):
+        assert gate_scores(size, layers, threshold=threshold)[1].tolist() == expected
+    assert gate_scores(size[:0], layers, threshold=0.5)[1].shape == (0,)
+
+
 def test_dtypes_may_differ_and_fp64_stays_fp64():
     features = torch.randn(9, IN).bfloat16()
     layers = [weight(16, IN), (weight(16)[0].double(), weight(16)[1].half()), weight(2, 16, dtype=torch.float16)]
@@ -242,7 +272,10 @@ WIDE = (torch.zeros(8, 4), torch.zeros(8))
 TAIL = (torch.zeros(2, 8), torch.zeros(2))
 BAD = {
     "features_type": ([[1.0]], [HEAD], {}, DtypeError, "features must be a tensor [batch, in_features], got list."),
-    "features_shape": (X[0], [HEAD], {}, ShapeError, "features must be [batch, in_features], got [4]."),
+    "features_shape": (
+        X[0], [HEAD], {}, ShapeError,
+        "features must be [batch, in_features] or [batch, num_queries, hidden] with one query or more, got [4].",
+    ),
     "features_int": (
         X.int(), [HEAD], {}, DtypeError, "features must be float32, float16, bfloat16 or float64, got torch.int32.",
     ),
@@ -298,6 +331,22 @@ BAD = {
         X, [HEAD], {"activation": "gleu"}, OptionError,
         'activation must be one of "gelu", "gelu_tanh", "relu", "silu", "tanh", got \'gleu\'. Did you mean "gelu"?',
     ),
+    "no_query": (X[:, None][:, :0], [HEAD], {}, ShapeError, "with one query or more, got [3, 0, 4]."),
+    "last_type": (X, [HEAD], {"last": 1}, DtypeError, "last must be a tensor [batch, width] or None, got int."),
+    "last_shape": (X, [HEAD], {"last": X[:2]}, ShapeError, "last must be [3, width] (batch of features), got [2, 4]."),
+    "last_dtype": (X, [HEAD], {"last": X.int()}, DtypeError, "last must be float32, float16, bfloat16 or float64, got"),
+    "last_device": (
+        X, [HEAD], {"last": X.to("meta")}, DeviceError,
+        "last must be on the device of features (cpu), got meta. Move one of them.",
+    ),
+    "last_width": (
+        X, [HEAD], {"last": X}, ShapeError,
+        "layers[0].weight must be [out_features, 8] of a linear layer or [8] of a norm (features, then last), none of "
+        "them 0, got [1, 4].",
+    ),
+    "threshold": (X, [HEAD], {"threshold": 1.5}, OptionError, "threshold must be a number in [0, 1] or None, got 1.5."),
+    "threshold_type": (X, [HEAD], {"threshold": True}, OptionError, "or None, got True."),
+    "threshold_nan": (X, [HEAD], {"threshold": math.nan}, OptionError, "or None, got nan."),
     "activation_type": (X, [HEAD], {"activation": None}, OptionError, '"tanh", got None.'),
 }  # fmt: skip
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from twn_kernels.errors import DeviceError, DtypeError, OptionError, ShapeError, did_you_mean, quoted
 from twn_kernels.ops.gate_scores import GateStep, check_activation, gate_scores
-from twn_kernels.ops.pool_queries import pool_queries
+from twn_kernels.ops.small_ops import check_impl
 
 __all__ = ["GATE_INPUTS", "GateMLP"]
 
@@ -47,6 +46,7 @@ class GateMLP(nn.Module):
         gate_input: what the gate reads: ``"mean"`` of the query states ``[hidden]``, ``"last"`` prompt token
             ``[hidden]``, ``"concat"`` of the query states ``[num_queries * hidden]``, or ``"mean_last"``, the mean
             followed by the last prompt token ``[2 * hidden]``.
+        impl: as in :func:`twn_kernels.ops.gate_scores`, which pools too.
 
     Raises:
         ShapeError, DtypeError, DeviceError, OptionError: the tensors make no gate, ``layers`` names a tensor that is
@@ -68,15 +68,17 @@ class GateMLP(nn.Module):
         *,
         activation: str = "gelu",
         gate_input: str = "mean",
+        impl: str = "auto",
     ) -> None:
         super().__init__()
         check_activation(activation)
+        check_impl(impl)
         if not isinstance(gate_input, str) or gate_input not in GATE_INPUTS:
             raise OptionError(
                 f"gate_input must be one of {quoted(GATE_INPUTS)}, got {gate_input!r}."
                 f"{did_you_mean(gate_input, GATE_INPUTS)}"
             )
-        self.activation, self.gate_input = activation, gate_input
+        self.activation, self.gate_input, self.impl = activation, gate_input, impl
         steps = _in_order(tensors) if layers is None else [_Names(x.weight, x.bias, x.activated) for x in layers]
         _check_names(tensors, steps)
         self.in_features = tensors[steps[0].weight].shape[-1] if tensors[steps[0].weight].dim() else 0
@@ -87,24 +89,35 @@ class GateMLP(nn.Module):
                     _register(self, name, tensors[name])
         # A wrong gate is refused when it is made, not when the first batch has been prefilled.
         first = self._tensor(steps[0].weight)
-        gate_scores(first.new_empty((0, self.in_features)), self._gate_steps(), activation=activation)
+        empty = first.new_empty((0, self.in_features))
+        gate_scores(empty, self._gate_steps(), activation=activation, impl="reference")
 
-    def forward(self, query_states: Tensor | None, last_prompt_state: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query_states: Tensor | None,
+        last_prompt_state: Tensor | None = None,
+        *,
+        threshold: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Score a batch.
 
         Args:
             query_states: ``[batch, num_queries, hidden]``; may be None where ``gate_input`` is ``"last"``.
             last_prompt_state: ``[batch, hidden]``, the state of the last prompt token; not read where ``gate_input``
                 is ``"mean"`` or ``"concat"``.
+            threshold: in [0, 1]; also return which inputs reach it.
 
         Returns:
-            ``[batch]`` in fp32 (fp64 for fp64 states), in [0, 1].
+            ``[batch]`` in fp32 (fp64 for fp64 states), in [0, 1]; with a threshold, that and bool ``[batch]``.
 
         Raises:
             ShapeError, DtypeError, DeviceError: a state that ``gate_input`` needs is missing or does not fit.
+            OptionError: the threshold is no number in [0, 1].
+            ImplUnavailable: ``impl`` was named and cannot serve the call; the message says why.
         """
-        features = self._features(query_states, last_prompt_state)
-        if features.shape[1] != self.in_features:
+        features, last = self._features(query_states, last_prompt_state)
+        made = features.shape[-1] + (0 if last is None else last.shape[1])
+        if made != self.in_features:
             shapes = ", ".join(
                 f"{name} {list(state.shape)}"
                 for name, state in (("query_states", query_states), ("last_prompt_state", last_prompt_state))
@@ -112,35 +125,36 @@ class GateMLP(nn.Module):
             )
             raise ShapeError(
                 f'the gate reads {self.in_features} features but gate_input "{self.gate_input}" makes '
-                f"{features.shape[1]} of {shapes}. Use the model, the queries and the gate_input it was trained with."
+                f"{made} of {shapes}. Use the model, the queries and the gate_input it was trained with."
             )
-        return gate_scores(features, self._gate_steps(), activation=self.activation)
+        return gate_scores(
+            features, self._gate_steps(), activation=self.activation, last=last, threshold=threshold, impl=self.impl
+        )
 
-    def _features(self, query_states: Tensor | None, last_prompt_state: Tensor | None) -> Tensor:
-        """``[batch, in_features]`` as ``gate_input`` says."""
+    def _features(self, query_states: Tensor | None, last_prompt_state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``features`` and ``last`` of the op, as ``gate_input`` says."""
         queries = last = None
         if self.gate_input != "last":
             queries = self._state("query_states", query_states, 3, "[batch, num_queries, hidden]")
         if self.gate_input in ("last", "mean_last"):
             last = self._state("last_prompt_state", last_prompt_state, 2, "[batch, hidden]")
         if self.gate_input == "last":
-            return last
+            return last, None
         if self.gate_input == "concat":
-            return queries.flatten(1)
-        mean = pool_queries(queries, pooling="mean", normalize=False)
+            return queries.flatten(1), None
         if self.gate_input == "mean":
-            return mean
-        if last.shape != mean.shape:
+            return queries, None
+        if last.shape != (queries.shape[0], queries.shape[2]):
             raise ShapeError(
-                f"last_prompt_state must be {list(mean.shape)} (batch and hidden of query_states), "
+                f"last_prompt_state must be {[queries.shape[0], queries.shape[2]]} (batch and hidden of query_states), "
                 f"got {list(last.shape)}."
             )
-        if last.device != mean.device:
+        if last.device != queries.device:
             raise DeviceError(
-                f"last_prompt_state must be on the device of query_states ({mean.device}), got {last.device}. "
+                f"last_prompt_state must be on the device of query_states ({queries.device}), got {last.device}. "
                 "Move one of them."
             )
-        return torch.cat([mean, last.to(mean.dtype)], dim=1)
+        return queries, last
 
     def _state(self, name: str, state: Tensor | None, dims: int, shape: str) -> Tensor:
         if not isinstance(state, Tensor):

@@ -23,20 +23,31 @@ _LAYER_NORM_EPS = 1e-5
 _RMS_NORM_EPS = 1e-6
 
 
-def gate_scores(features: Tensor, steps: Sequence[tuple[Tensor, Tensor | None, bool]], activation: str) -> Tensor:
-    """Scores ``[batch]`` of ``features [batch, in_features]``, in fp32 (fp64 for fp64).
+def gate_scores(
+    features: Tensor,
+    last: Tensor | None,
+    steps: Sequence[tuple[Tensor, Tensor | None, bool]],
+    activation: str,
+    threshold: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scores ``[batch]`` in fp32 (fp64 for fp64), and which of them reach ``threshold`` (None without one).
 
+    ``features``: ``[batch, in_features]``, or ``[batch, vectors, width]``, whose mean is read; ``last`` follows them.
     ``steps``: ``(weight, bias, activated)`` in order; a 2-D weight is a linear layer, a 1-D weight a norm, without a
     bias an RMS norm. ``activated``: the activation follows.
     """
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     with _without_autocast(features.device.type):
         x = features.to(wide)
+        x = x.mean(dim=1) if x.dim() == 3 else x
+        x = x if last is None else torch.cat([x, last.to(wide)], dim=1)
         for weight, bias, activated in steps:
             x = _step(x, weight.to(wide), None if bias is None else bias.to(wide))
             x = ACTIVATIONS[activation](x) if activated else x
         # The softmax of two logits is the sigmoid of their difference, which stays right where one of them is infinite.
-        return torch.sigmoid(x[:, 0] if x.shape[1] == 1 else x[:, 1] - x[:, 0])
+        scores = torch.sigmoid(x[:, 0] if x.shape[1] == 1 else x[:, 1] - x[:, 0])
+    # In fp64, so that a threshold which fp32 does not hold is not rounded towards the score.
+    return scores, None if threshold is None else scores.double() >= threshold
 
 
 def _step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
