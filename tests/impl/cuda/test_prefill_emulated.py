@@ -48,6 +48,7 @@ class Emulator:
 
     def __init__(self, block_n: int = CHOSEN, *, processors: int = 5, resident: int = 2) -> None:
         self.library = library("prefill", "-march=native")
+        self.library.broken_rule.restype = ctypes.c_char_p
         assert self.library.group_bytes() == ctypes.sizeof(Group)
         self.block_n, self.processors, self.resident = block_n, processors, resident
         self.words = torch.zeros(1 << 12, dtype=torch.int32)
@@ -63,7 +64,7 @@ class Emulator:
             ctypes.byref(group), self.block_n, self.processors, self.resident,
             ctypes.c_void_p(self.words.data_ptr()), self.words.numel(), lost, patience_ms, ctypes.byref(self.report),
         )  # fmt: skip
-        assert code == 0, code
+        assert code == 0, f"{code}: {self.library.broken_rule()}"
         return y
 
 

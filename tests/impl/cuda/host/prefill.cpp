@@ -9,8 +9,11 @@ extern "C" int emulate_prefill(const twn::Group* group, int block_n, int process
   using twn_host::PrefillMemory;
   PrefillMemory::kPatienceNanoseconds = patience_ms * uint64_t{1'000'000};
   PrefillMemory::deaf_word = lost < 0 ? nullptr : words + twn::kFirstFreeWord + lost;
+  twn_host::broken_rule = nullptr;
   return twn_host::launch_prefill(*group, block_n, processors, resident, words, word_count, report);
 }
+
+extern "C" const char* broken_rule() { return twn_host::broken_rule; }
 
 extern "C" int chosen_block_n(const twn::Group* group, int processors) {
   return twn::prefill::choose_block_n(*group, processors);

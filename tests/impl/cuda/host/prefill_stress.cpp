@@ -1,6 +1,7 @@
 // Launches of random small groups on one stream of words, many blocks at a time: for a race detector.
 #include <random>
 
+#include "check.h"
 #include "prefill_emulator.h"
 
 using namespace twn_host;
@@ -51,7 +52,8 @@ int main(int count, char** arguments) {
     for (int row = 0; row < group.tokens; ++row) routes[row] = static_cast<int8_t>(row / run * 7 % 4);
     group.routes = routes.data();
     const int code = launch_prefill(group, below(2) ? kWideN : kNarrowN, 1 + below(9), 1 + below(4), words.data(), words.size(), &report);
-    CHECK_THAT(code == 0 && report == 0, "round %d: code %d, report %x", round, code, report);
+    const char* rule = broken_rule;
+    CHECK_THAT(code == 0 && report == 0, "round %d: code %d, report %x, %s", round, code, report, rule ? rule : "");
     CHECK_THAT(words[kQueueWord] == 0 && words[kExitWord] == 0, "round %d leaves words behind", round);
     CHECK_THAT(words[kEpochWord] == static_cast<uint32_t>(round + 1), "round %d is not counted", round);
   }
