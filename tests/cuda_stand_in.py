@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from twn_kernels.impl import cuda, reference
-from twn_kernels.impl.cuda import fitness, launch, loader
+from twn_kernels.impl.cuda import fitness, launch, loader, pooling
+from twn_kernels.impl.reference import gate
+from twn_kernels.impl.reference import pooling as pool
 from twn_kernels.impl.reference.group import _input as group_input
 
 ARCHS = "8.0;9.0a;9.0+PTX"
@@ -30,7 +32,8 @@ class StandIn:
         return launches
 
     def op(self, name: str):
-        return {"decode_group": self._decode, "prefill_group": self._prefill, "front": self._front}[name]
+        ops = {"decode_group": self._decode, "prefill_group": self._prefill, "front": self._front}
+        return (ops | {"gate_scores": self._gate, "pool_queries": self._pool})[name]
 
     def _decode(self, x, *call) -> torch.Tensor:
         assert 1 <= x.shape[0] <= DECODE_ROWS
@@ -44,6 +47,17 @@ class StandIn:
         self.launches.append(("front", x.shape[0]))
         _check_words(x)
         return group_input(x, norm_weight, eps, gated)
+
+    def _pool(self, states, pooling, normalize) -> torch.Tensor:
+        self.launches.append(("pool_queries", states.shape[0]))
+        return pool.pool_queries(states, ("mean", "last", "first")[pooling], normalize)
+
+    def _gate(self, states, last, weights, biases, activated, activation, threshold) -> tuple:
+        self.launches.append(("gate_scores", states.shape[0]))
+        steps = [(w, b if b.numel() else None, bool(on)) for w, b, on in zip(weights, biases, activated, strict=True)]
+        name = tuple(gate.ACTIVATIONS)[activation]
+        scores, think = gate.gate_scores(states, last, steps, name, threshold)
+        return scores, torch.empty(0, dtype=torch.bool) if think is None else think
 
     def _group(
         self, name, x, norm_weight, eps, gated, weights, biases, A_r, B_r, A_e, B_e, scaling_r, scaling_e, routes,
@@ -86,7 +100,9 @@ def install(monkeypatch: pytest.MonkeyPatch, *, capability=(9, 0), archs: str = 
 
     for module in (fitness, launch, cuda):
         monkeypatch.setattr(module, "device_reason", device_reason)
-    monkeypatch.setattr(launch, "_op", stand_in.op)
+    for module in (launch, pooling):
+        monkeypatch.setattr(module, "_op", stand_in.op)
+    monkeypatch.setattr(pooling, "_load", lambda device: None)
     for name in ("_kernels", "_none"):
         monkeypatch.setattr(launch, name, getattr(launch, name).__wrapped__)
     return stand_in

@@ -56,11 +56,11 @@ def test_each_impl_that_cannot_run_gives_one_line_with_the_reason():
 
 @pytest.mark.parametrize("op", ["gate_scores", "pool_queries"])
 def test_the_small_ops_are_checked_too(monkeypatch, op):
-    ours, in_torch, shapes = doctor._SINGLE[op]
-    green = by_name(doctor._single_implementation(torch.device("cpu")))
+    ours, in_torch, shapes = doctor._SMALL[op]
+    green = by_name(doctor._small_ops("reference", torch.device("cpu")))
     assert {check.status for check in green.values()} == {doctor.OK} and len(green) == 6
-    monkeypatch.setitem(doctor._SINGLE, op, (lambda *inputs: ours(*inputs) * 1.001, in_torch, shapes))
-    checks = by_name(doctor._single_implementation(torch.device("cpu")))
+    monkeypatch.setitem(doctor._SMALL, op, (lambda *inputs, impl: ours(*inputs, impl=impl) * 1.001, in_torch, shapes))
+    checks = by_name(doctor._small_ops("reference", torch.device("cpu")))
     assert checks[f"{op} forward, reference, bf16, cpu"].status == doctor.FAIL
 
 
@@ -206,12 +206,28 @@ def test_an_implementation_for_inference_is_checked_in_what_it_does(monkeypatch)
     checks = _of_cuda(monkeypatch)
     ok = {name for name, check in checks.items() if check.status == doctor.OK}
     parts = ("dual_lora_linear forward", "dual_lora_group forward", "dual_lora_group isolation")
-    assert ok == {f"{part}, cuda, {dtype}, cpu" for part in parts for dtype in ("fp16", "bf16")}
+    small = ("gate_scores forward", "pool_queries forward")
+    assert ok == {f"{part}, cuda, {dtype}, cpu" for part in (*parts, *small) for dtype in ("fp16", "bf16")} | {
+        f"{part}, cuda, fp32, cpu" for part in small
+    }
     assert {check.status for name, check in checks.items() if name not in ok} == {doctor.NOT_AVAILABLE}
     assert checks["dual_lora_group backward, cuda, bf16, cpu"].detail == "cuda is for inference"
     by_dtype = by_name(doctor.examine("cpu"))
     assert "its kernels take float16 and bfloat16, not float32" in by_dtype["cuda, fp32, cpu"].detail
     assert "must be in the dtype of x" in by_dtype["cuda, bf16 with fp32 adapters, cpu"].detail
+
+
+@pytest.mark.parametrize(("kernel", "op"), [("_pool", "pool_queries"), ("_gate", "gate_scores")])
+def test_a_wrong_small_kernel_turns_its_check_red(monkeypatch, kernel, op):
+    stand_in = cuda_stand_in.install(monkeypatch)
+    assert {check.status for check in doctor._small_ops("cuda", torch.device("cpu"))} == {doctor.OK}
+    right = getattr(stand_in, kernel)
+    wrong = {"_pool": lambda *call: right(*call) * 1.001, "_gate": lambda *call: (right(*call)[0] * 1.001, None)}
+    monkeypatch.setattr(stand_in, kernel, wrong[kernel])
+    checks = by_name(doctor._small_ops("cuda", torch.device("cpu")))
+    red = {name for name, check in checks.items() if check.status == doctor.FAIL}
+    assert red == {f"{op} forward, cuda, {dtype}, cpu" for dtype in ("fp32", "fp16", "bf16")}
+    assert checks[f"{op} forward, cuda, bf16, cpu"].fix.startswith("set TWN_IMPL=blas until it is repaired, and report")
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ def examine(device: torch.device | str | None = None) -> Iterator[Check]:
             check = _inference if choice.is_for_inference(impl) else _dual_lora
             yield from check(impl, dtype, device)
             yield from group.checks(impl, dtype, device)
-    yield from _single_implementation(device)
+    for impl in ("reference", "cuda"):
+        if choice.unavailable_reason(impl, device) is None:
+            yield from _small_ops(impl, device)
 
 
 def render(checks: list[Check]) -> str:
@@ -193,25 +195,25 @@ def _dual_lora(impl: str, dtype: str, device: torch.device) -> Iterator[Check]:
             yield compare(check_name(op, part, impl, dtype, device), impl, names, got, truth, own)
 
 
-def _single_implementation(device: torch.device) -> Iterator[Check]:
-    """The ops that are plain PyTorch everywhere and compute in fp32 whatever dtype they are given."""
+def _small_ops(impl: str, device: torch.device) -> Iterator[Check]:
+    """The ops that compute in fp32 whatever dtype they are given: plain PyTorch, or one launch of the extension."""
     for dtype in ("fp32", "fp16", "bf16"):
-        for op, (ours, in_torch, shapes) in _SINGLE.items():
+        for op, (ours, in_torch, shapes) in _SMALL.items():
             generator = torch.Generator().manual_seed(0)
             draws = [torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for shape in shapes]
             inputs = [draw.to(device, DTYPES[dtype][0]) for draw in draws]
-            title = check_name(op, "forward", "reference", dtype, device)
+            title = check_name(op, "forward", impl, dtype, device)
             try:
-                got = ours(*inputs)
+                got = ours(*inputs, impl=impl)
             except Exception as error:  # the finding itself, as above
-                yield Check(title, FAIL, first_line(error), fix("reference", error))
+                yield Check(title, FAIL, first_line(error), fix(impl, error))
                 continue
             truth, own = (in_torch(*(t.to(wide) for t in inputs)) for wide in (torch.float64, torch.float32))
-            yield compare(title, "reference", [op], {op: got}, {op: truth}, {op: own})
+            yield compare(title, impl, [op], {op: got}, {op: truth}, {op: own})
 
 
-def _gate(features: Tensor, weight: Tensor, bias: Tensor, head: Tensor) -> Tensor:
-    return gate_scores(features, [(weight, bias), (head, None)])
+def _gate(features: Tensor, weight: Tensor, bias: Tensor, head: Tensor, *, impl: str) -> Tensor:
+    return gate_scores(features, [(weight, bias), (head, None)], impl=impl)
 
 
 def _gate_in_torch(features: Tensor, weight: Tensor, bias: Tensor, head: Tensor) -> Tensor:
@@ -224,7 +226,7 @@ def _pool_in_torch(states: Tensor) -> Tensor:
 
 
 # Name: the op, the same in PyTorch, and the shapes of both functions' arguments.
-_SINGLE = {
+_SMALL = {
     "gate_scores": (_gate, _gate_in_torch, ((37, 96), (81, 96), (81,), (1, 81))),
     "pool_queries": (pool_queries, _pool_in_torch, ((37, 5, 96),)),
 }
