@@ -28,6 +28,8 @@ STOPPED = "stopped; the same command with --resume goes on from here"
 _MAX_PROCESSES = 40
 _LAST_WORDS_SECONDS = 10
 _TESTS_SHARE = 0.25  # of the minutes; the measurements are what the run is for
+# What has run on no other machine comes first, as the time may be over before the rest.
+_TESTS = ("tests/ops/test_cuda_on_gpu.py", "tests/ops/test_group_on_gpu.py", "tests")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,7 +178,7 @@ def _run(options: argparse.Namespace, device, command: str, deadline: float) -> 
     stage("environment", lambda: environment.stamp(device) | {"scale": options.scale})
     checks = [stage("doctor", stages.doctor)]
     seconds = _TESTS_SHARE * 60 * options.minutes
-    checks.append(stage("tests", lambda: stages.gpu_tests(options.tests or ["tests"], seconds)))
+    checks.append(stage("tests", lambda: stages.gpu_tests(options.tests or _TESTS, seconds)))
     measured = stage("roofs", lambda: roofs.measure(device, seconds=10.0 if on_gpu else 0.5))
     how = _with(how, roofs={} if "failed" in measured else measured)
     left = session.measure_cases(cases, how, journal, deadline, lambda line: print(line, flush=True), save)

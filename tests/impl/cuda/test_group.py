@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from twn_kernels.errors import DtypeError, ImplUnavailable, OptionError, ShapeError
+from twn_kernels.impl.cuda import launch, loader
 from twn_kernels.impl.cuda.dispatch import Dispatch, Problem, covers, dispatch
+from twn_kernels.modules import DualLoRALinear
+from twn_kernels.modules.packing import PackedGroup
 from twn_kernels.ops import (
     LoRA,
     Norm,
@@ -330,6 +333,37 @@ def test_a_compiled_call_does_not_look_into_it(tokens, extension):
     torch._dynamo.reset()
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     assert extension.taken == taken
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_the_built_ops_take_what_they_are_given(tokens, extension, monkeypatch):
+    """Of the real library: its schemas take the arguments, and its first check finds a CPU tensor."""
+    monkeypatch.undo()
+    if not loader.build_info().built:
+        pytest.skip(f"needs the CUDA extension, which is {loader.build_info()}")
+    loader.load()
+    real = launch._op
+    cuda_stand_in.install(monkeypatch)
+    monkeypatch.setattr(launch, "_op", real)
+    for name, front in (("decode_group", {}), ("front", {"norm": Norm(draw(FEATURES), 1e-6)}), ("prefill_group", {})):
+        if (name == "decode_group") != (tokens <= 64):
+            continue
+        with torch.no_grad(), pytest.raises(RuntimeError, match=f"twn_cuda::{name}: x must be on a CUDA device"):
+            dual_lora_group(draw(tokens, FEATURES), projections(), mixed(tokens), **front, impl="cuda")
+
+
+def test_packed_weights_are_served_as_they_lie(extension):
+    """A model may prefill on the vendor GEMM's panels and decode here, on the same parameters."""
+    for count, ranks in ((1, (64, 17)), (2, (5, 8)), (3, (200, 1))):
+        members = []
+        for out in OUTPUTS[:count]:
+            sizes = {"reasoning": ranks[0], "embedding": ranks[1]}
+            members.append(DualLoRALinear(FEATURES, out, rank=sizes).to(BF16).requires_grad_(False))
+        packed = PackedGroup(members)
+        assert packed.reason is None and not members[0].weight.is_contiguous()
+        expected, actual = both(draw(5, FEATURES), [member.site_projection() for member in members], mixed(5))
+        assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+        assert extension.taken == [("decode_group", 5)]
 
 
 def test_the_registered_op_keeps_its_schema(extension):
