@@ -249,6 +249,7 @@ def test_several_processes_build_once_and_later_ones_not_at_all(here, monkeypatc
     killed = folder.with_name(f"unfinished-{folder.name}")  # a process that was killed in the midst of it leaves this
     (killed / "objects").mkdir(parents=True)
     (killed / LIBRARY).write_bytes(b"half a library")
+    (killed / f"{LIBRARY}.1").write_bytes(b"half a library")
     code = (
         "import sys\n"
         "from pathlib import Path\n"

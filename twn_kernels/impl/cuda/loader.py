@@ -35,6 +35,7 @@ OPS = {
         "float? threshold) -> (Tensor, Tensor)"
     ),
     "pool_queries": "pool_queries(Tensor states, int pooling, bool normalize) -> Tensor",
+    "prefill_group": f"prefill_group{_GROUP}",
     "probe": "probe(Tensor x) -> Tensor",
 }
 
