@@ -10,7 +10,17 @@ import sys
 
 import torch
 
-from twn_kernels.ops import LoRA, Norm, Projection, RoutePlan, dual_lora_group, dual_lora_linear
+from twn_kernels.impl.cuda import launch
+from twn_kernels.ops import (
+    LoRA,
+    Norm,
+    Projection,
+    RoutePlan,
+    dual_lora_group,
+    dual_lora_linear,
+    gate_scores,
+    pool_queries,
+)
 
 BF16, FP16 = torch.bfloat16, torch.float16
 # On both sides of every tile of rows; features, outputs and ranks that fill no tile.
@@ -27,6 +37,9 @@ def main(device: str) -> None:
             for plan in (mixed, RoutePlan.uniform("reasoning", tokens, device=device), None):
                 _groups(device, dtype, tokens, plan)
     _chain(device)
+    for dtype in (BF16, FP16, torch.float32):
+        for rows in (1, 3, 37):
+            _small(device, dtype, rows)
     if device == "cuda":
         torch.cuda.synchronize()
     print("done")
@@ -51,6 +64,20 @@ def _chain(device: str) -> None:
     x, plan = _draw(device, BF16, 5, FEATURES), RoutePlan.uniform("both", 5, device=device)
     for layer in [_projection(device, BF16, FEATURES, (17, 5)) for _ in range(4)]:
         (x,) = dual_lora_group(x, [layer], plan, impl="cuda")
+
+
+def _small(device: str, dtype: torch.dtype, rows: int) -> None:
+    """Gate, pooling, and what stands in front of a prefill, on rows of whole and of broken words."""
+    for width in (136, 84):
+        states, last = _draw(device, dtype, rows, 3, width), _draw(device, dtype, rows, 21)
+        norm, head = (_draw(device, dtype, 70), None), (_draw(device, dtype, 2, 70), _draw(device, dtype, 2))
+        layers = [(_draw(device, dtype, 70, width + 21), _draw(device, dtype, 70)), norm, head]
+        gate_scores(states, layers, last=last, threshold=0.5, impl="cuda")
+        pool_queries(states, impl="cuda")
+        if dtype != torch.float32:
+            x = _draw(device, dtype, rows, 2 * width)
+            launch._op("front")(x, _draw(device, torch.float32, 2 * width), 1e-6, False)
+            launch._op("front")(x, None, 0.0, True)
 
 
 def _projection(device: str, dtype: torch.dtype, out: int, ranks: tuple[int, int]) -> Projection:

@@ -50,4 +50,5 @@ def test_the_program_runs_without_a_sanitizer(monkeypatch, capsys):
     spec.loader.exec_module(program)
     program.main("cpu")
     assert capsys.readouterr().out == "done\n"
-    assert {name for name, _ in extension.taken} == {"decode_group", "prefill_group", "front"}
+    small = ("front", "gate_scores", "pool_queries")
+    assert {name for name, _ in extension.taken} == {"decode_group", "prefill_group", *small}
