@@ -34,7 +34,7 @@ template <typename T>
 TWN_HD void normalised_chunk(const FrontRows& front, int64_t row, int chunk, float scale) {
   const int size = chunk_size(chunk, front.features);
   float x[kChunk], weight[kChunk];
-  load_chunk<true>(static_cast<const T*>(front.x) + row * front.pitch + chunk * kChunk, 1, size, x);
+  load_chunk<false>(static_cast<const T*>(front.x) + row * front.pitch + chunk * kChunk, 1, size, x);
   if (front.norm_is_wide) {
     load_chunk<true>(static_cast<const float*>(front.norm_weight) + chunk * kChunk, 1, size, weight);
   } else {
@@ -53,7 +53,7 @@ TWN_HD void normalise_row(Team& team, const FrontRows& front, int64_t row) {
     for (int c = thread; c < chunks; c += Team::kThreads) {
       float x[kChunk];
       const T* source = static_cast<const T*>(front.x) + row * front.pitch + c * kChunk;
-      load_chunk<true>(source, 1, chunk_size(c, front.features), x);
+      load_chunk<false>(source, 1, chunk_size(c, front.features), x);
       TWN_UNROLL(kChunk)
       for (int i = 0; i < kChunk; ++i) found = fmaf(x[i], x[i], found);
     }
@@ -70,8 +70,8 @@ TWN_HD void gated_chunk(const FrontRows& front, int64_t row, int chunk) {
   const int size = chunk_size(chunk, front.features);
   const T* source = static_cast<const T*>(front.x) + row * front.pitch + chunk * kChunk;
   float gate[kChunk], up[kChunk];
-  load_chunk<true>(source, 1, size, gate);
-  load_chunk<true>(source + front.features, 1, size, up);
+  load_chunk<false>(source, 1, size, gate);
+  load_chunk<false>(source + front.features, 1, size, up);
   TWN_UNROLL(kChunk)
   for (int i = 0; i < kChunk; ++i) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
   store_chunk(static_cast<T*>(front.z) + row * front.features + chunk * kChunk, size, gate);

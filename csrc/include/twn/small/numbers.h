@@ -116,7 +116,8 @@ struct alignas(16) Words {
 
 TWN_HD bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % sizeof(Words) == 0; }
 
-// kConstant: no block of this launch writes there.
+// kConstant: a weight, which neither this launch nor the one before it writes. What the one before wrote may not be read
+// through the constant path, even after waiting for its end.
 template <bool kConstant>
 TWN_HD Words load_words(const void* address) {
 #if defined(__CUDA_ARCH__)

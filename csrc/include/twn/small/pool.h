@@ -36,11 +36,11 @@ TWN_HD void pool_chunk_of(const T*, const Pooled& in, int64_t row, int chunk, fl
   const int size = chunk_size(chunk, in.width);
   const T* source = static_cast<const T*>(in.states) + row * in.row_stride + in.first * in.vector_stride +
                     static_cast<int64_t>(chunk) * kChunk * in.stride;
-  load_chunk<true>(source, in.stride, size, mean);
+  load_chunk<false>(source, in.stride, size, mean);
   if (in.count == 1) return;
   for (int vector = 1; vector < in.count; ++vector) {
     float next[kChunk];
-    load_chunk<true>(source + vector * in.vector_stride, in.stride, size, next);
+    load_chunk<false>(source + vector * in.vector_stride, in.stride, size, next);
     TWN_UNROLL(kChunk)
     for (int i = 0; i < kChunk; ++i) mean[i] += next[i];
   }
