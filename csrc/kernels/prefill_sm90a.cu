@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kThreads = (1 + kConsumers) * kWarpgroupLanes;
 constexpr int kLoaderRegisters = 56, kConsumerRegisters = 224;
-static_assert(kLoaderRegisters + 2 * kConsumerRegisters == 3 * 168, "what the warpgroups take is what the block was given");
+static_assert(kLoaderRegisters + 2 * kConsumerRegisters == 3 * 168,
+              "what the warpgroups take is what the block was given");
 constexpr int kCopyThreads = 256, kCopyBlocks = 64;
 
 struct Copies {
@@ -21,7 +22,8 @@ struct Copies {
 __global__ void __launch_bounds__(kCopyThreads) copy_kernel(const Copies copies) {
   const Copy& copy = copies.list[blockIdx.y];
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < copy.rows * copy.pitch; i += stride) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < copy.rows * copy.pitch;
+       i += stride) {
     copy_element(copy, i);
   }
 }
@@ -85,9 +87,9 @@ const char* encode(CUtensorMap& map, const Matrix& matrix, Dtype dtype) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
   const cuuint64_t pitches[] = {static_cast<cuuint64_t>(matrix.pitch) * kElementBytes};
   const cuuint32_t box[] = {kBlockK, static_cast<cuuint32_t>(matrix.box_rows)}, steps[] = {1, 1};
-  const CUresult result =
-      encode_tiled()(&map, type, 2, const_cast<void*>(matrix.data), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode_tiled()(&map, type, 2, const_cast<void*>(matrix.data), sizes, pitches, box, steps,
+                                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "the driver refused the description of a matrix for bulk copies";
 }
 
@@ -112,7 +114,8 @@ const char* start(const Params<CUtensorMap>& p, int blocks, cudaStream_t stream)
 
 template <typename T>
 const char* start_for(Dtype dtype, const Params<CUtensorMap>& p, int blocks, cudaStream_t stream) {
-  return dtype == Dtype::kFloat16 ? start<Dtype::kFloat16, T>(p, blocks, stream) : start<Dtype::kBFloat16, T>(p, blocks, stream);
+  return dtype == Dtype::kFloat16 ? start<Dtype::kFloat16, T>(p, blocks, stream)
+                                  : start<Dtype::kBFloat16, T>(p, blocks, stream);
 }
 
 }  // namespace
@@ -124,7 +127,8 @@ const char* launch_prefill_sm90a(const Group& group, void* workspace, uint32_t* 
                                  void* stream) {
   using namespace prefill;
   if (const char* reason = why_unreadable(group)) return reason;
-  if (encode_tiled() == nullptr) return "the driver is older than CUDA 12.0 and describes no bulk copies; install a newer one";
+  if (encode_tiled() == nullptr)
+    return "the driver is older than CUDA 12.0 and describes no bulk copies; install a newer one";
   const Plan plan = make_plan(group, choose_block_n(group, processors));
   Params<CUtensorMap> p{};
   const char* failure = fill_params(p, group, plan, workspace, [&](CUtensorMap& map, const Matrix& matrix) {

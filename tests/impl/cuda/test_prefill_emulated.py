@@ -1,4 +1,4 @@
-"""The prefill kernel's block program, run on a CPU: its numbers, its isolation, its order of work in every residency."""
+"""The prefill kernel's block program, run on a CPU: its numbers, its isolation, and any number of blocks at a time."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ pytestmark = needs_cxx
 BF16, FP16 = torch.bfloat16, torch.float16
 NAN = float("nan")
 WIDE, NARROW, CHOSEN = 256, 128, 0
+MOVE = "give it memory of its own, or use another impl"
 LOST_TAG = 0x50000001  # kLostTag of prefill/block.h
 
 CASES = [
@@ -46,25 +47,30 @@ each_width = pytest.mark.parametrize("block_n", [WIDE, NARROW])
 class Emulator:
     """One stream of emulated launches: they share the words that :file:`flags.h` never resets."""
 
-    def __init__(self, block_n: int = CHOSEN, *, processors: int = 5, resident: int = 2) -> None:
+    def __init__(self, block_n: int = CHOSEN, *, processors: int = 5, resident: int = 2, tight: bool = False) -> None:
         self.library = library("prefill", "-march=native")
         self.library.broken_rule.restype = ctypes.c_char_p
         assert self.library.group_bytes() == ctypes.sizeof(Group)
         self.block_n, self.processors, self.resident = block_n, processors, resident
+        self.tight = tight
         self.words = torch.zeros(1 << 12, dtype=torch.int32)
         self.report = ctypes.c_uint32(0)
 
     def __call__(self, args: dict, plan, *, lost: int = -1, patience_ms: int = 20_000) -> torch.Tensor:
-        """``y``, in a buffer that was NaN."""
+        """``y``, in a buffer that was NaN, around which it still is; rows begin at 16 bytes unless ``tight``."""
         widths = [projection.weight.shape[0] for projection in args["projections"]]
         x = args["x"]
-        y = torch.full((x.shape[0], widths[0] if args["swiglu"] else sum(widths)), NAN, dtype=x.dtype)
+        width = widths[0] if args["swiglu"] else sum(widths)
+        buffer = torch.full((x.shape[0] + 1, width if self.tight else (width + 15) // 8 * 8), NAN, dtype=x.dtype)
+        y = buffer[:-1, :width]
         group = described(args, plan, y)
         code = self.library.emulate_prefill(
             ctypes.byref(group), self.block_n, self.processors, self.resident,
             ctypes.c_void_p(self.words.data_ptr()), self.words.numel(), lost, patience_ms, ctypes.byref(self.report),
         )  # fmt: skip
         assert code == 0, f"{code}: {self.library.broken_rule()}"
+        assert buffer[:, width:].isnan().all()
+        assert buffer[-1].isnan().all()
         return y
 
 
@@ -92,9 +98,10 @@ def hold(emulator: Emulator, args: dict, plan) -> torch.Tensor:
 
 
 @each_width
+@pytest.mark.parametrize("tight", [False, True], ids=["pitched", "tight"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_good_as_torch(case, block_n, cut_from_nan):
-    hold(Emulator(block_n), arguments(case, "cpu", readable(cut_from_nan)), case.plan("cpu"))
+def test_as_good_as_torch(case, tight, block_n, cut_from_nan):
+    hold(Emulator(block_n, tight=tight), arguments(case, "cpu", readable(cut_from_nan)), case.plan("cpu"))
 
 
 @each_width
@@ -238,8 +245,8 @@ def test_b_is_read_wherever_its_rows_begin(elements):
     ("name", "words"),
     [
         ("x", "rows of x must begin at multiples of 16 bytes; call x.contiguous()"),
-        ("weight", "rows of a weight must begin at multiples of 16 bytes; give it memory of its own, or use another impl"),
-        ("A", "rows of an adapter's A must begin at multiples of 16 bytes; give it memory of its own, or use another impl"),
+        ("weight", f"rows of a weight must begin at multiples of 16 bytes; {MOVE}"),
+        ("A", f"rows of an adapter's A must begin at multiples of 16 bytes; {MOVE}"),
         ("front", "x must be ready to be multiplied; make it with twn_cuda::front first"),
         ("rows", "x has too many rows for one launch; call it for fewer at a time"),
     ],

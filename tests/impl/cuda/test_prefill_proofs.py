@@ -18,10 +18,10 @@ def test_everything_is_covered_once_and_nothing_collides():
     assert run(program("prefill_proof")) == "800 plans\n"
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_roles_race_nowhere(seed):
-    """Stages given back too early, S read before its tag, entries of the ring told over: all are races of two threads."""
-    stress = program("prefill_stress", "-fsanitize=thread", "-g")
+@pytest.mark.parametrize(("sanitizer", "seed"), [("thread", 1), ("thread", 2), ("address", 3)])
+def test_roles_race_nowhere_and_stay_in_bounds(sanitizer, seed):
+    """Stages given back too early, S read before its tag, an entry of the ring told over: all are races of threads."""
+    stress = program("prefill_stress", f"-fsanitize={sanitizer}", "-g")
     assert run(stress, 8, seed, seconds=240, TSAN_OPTIONS="halt_on_error=1 exitcode=66") == "8 rounds\n"
 
 

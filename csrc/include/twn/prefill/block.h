@@ -1,8 +1,8 @@
 // The program of one block, written once: `Ops` gives the instructions, of the device or of an emulation on the host.
 //
-// Four roles that meet at barriers in shared memory. One warp draws tickets and tells them (`schedule`). One thread issues
-// the bulk copies of x and W, of x and A, and behind the k-boundary of S and B (`load`). Two warpgroups multiply 64 rows
-// each and write the results (`multiply`). What one lane of a warpgroup does on its own stands in `ops.lanes`.
+// Four roles that meet at barriers in shared memory. One warp draws tickets and tells them (`schedule`). One thread
+// issues the bulk copies of x and W, of x and A, and behind the k-boundary of S and B (`load`). Two warpgroups multiply
+// 64 rows each and write the results (`multiply`). What one lane of a warpgroup does on its own stands in `ops.lanes`.
 //
 // No wait goes in a circle: see flags.h for tickets and tags. A tag that does not come in time makes its tile NaN.
 #pragma once
@@ -19,9 +19,9 @@
 
 namespace twn::prefill {
 
-constexpr uint32_t kLostTag = 0x50000001;      // in the report word: a shrink tile did not come
+constexpr uint32_t kLostTag = 0x50000001;  // in the report word: a shrink tile did not come
 constexpr uint32_t kLostBarrier = 0x50000002;  // a barrier of a block did not complete
-constexpr int kAhead = 4;                      // iterations before the end of a base range, when the next ticket is drawn
+constexpr int kAhead = 4;  // iterations before the end of a base range, when the next ticket is drawn
 
 template <typename Map>
 struct Params {
@@ -110,9 +110,10 @@ struct Program {
       ops.wait(T::heard(place), (n / kRing & 1) ^ 1);
       const uint32_t ticket = ops.first_lane([&] { return flags.take_ticket(); });
       const bool none = ticket >= flags.tasks;
-      tell(place, {ticket, flags.tag, none ? Users{} : users_of(p.plan, p.routes, p.present, m_tile(ticket),
-                                                               ops.scheduler_lane(), Ops::kSchedulerLanes,
-                                                               [&](Users users) { return ops.reduce(users); })});
+      tell(place, {ticket, flags.tag,
+                   none ? Users{}
+                        : users_of(p.plan, p.routes, p.present, m_tile(ticket), ops.scheduler_lane(),
+                                   Ops::kSchedulerLanes, [&](Users users) { return ops.reduce(users); })});
       if (none) {
         ops.wait(T::heard(place), n / kRing & 1);
         ops.first_lane([&] { return flags.end(), 0u; });
@@ -177,8 +178,7 @@ struct Program {
     constexpr int kMask = (1 << kAdapters) - 1;
     const int users = static_cast<int>(ops.load_word(T::entry(place) + kUsersWord));
     const uint32_t ticket = ops.broken() ? p.plan.tasks() : ops.load_word(T::entry(place) + kTicketWord);
-    return {ticket, ops.load_word(T::entry(place) + kTagWord),
-            {users & kMask, users >> kAdapters & kMask}};
+    return {ticket, ops.load_word(T::entry(place) + kTagWord), {users & kMask, users >> kAdapters & kMask}};
   }
 
   // The next stage is free and expects `bytes`.
@@ -292,11 +292,11 @@ struct Program {
 
   TWN_BLOCK int first_row(int m_tile, int group) const { return m_tile * kBlockM + group * kConsumerRows; }
 
-  // S of one slot: scaled, zero where a row does not use the adapter and beyond the rank, rounded once.
+  // S of one slot: scaled, zero where a row does not use the adapter, rounded once. Beyond the rank it comes out as
+  // zero, since rows that A does not have read as zeros.
   template <int Registers>
   TWN_BLOCK void store_shrink(Accumulator<Registers>& acc, int first, const ShrinkTile& tile, int slot, int group) {
     const SlotPlace at = slot_place(p.plan, tile.adapter, tile.first_slot + slot);
-    const int columns = p.plan.rank[at.projection][tile.adapter] - at.first_rank;
     const float scaling = p.scaling[at.projection][tile.adapter];
     const int row = first_row(tile.m_tile, group);
     const int64_t pitch = p.plan.s_pitch();
@@ -304,10 +304,7 @@ struct Program {
     store(group, Strip{nullptr, 0, 0, 0, false}, Strip{data, pitch, p.plan.tokens - row, kSlot, true}, [&](int lane) {
       const bool upper = route_of(row + fragment_row(lane, 0)) >> tile.adapter & 1;
       const bool lower = route_of(row + fragment_row(lane, 2)) >> tile.adapter & 1;
-      return [=, &acc](int j) {
-        const bool uses = (j / 2 % 2 ? lower : upper) && fragment_column(lane, j) < columns;
-        return uses ? scaling * acc.at(lane, first + j) : 0.0f;
-      };
+      return [=, &acc](int j) { return (j / 2 % 2 ? lower : upper) ? scaling * acc.at(lane, first + j) : 0.0f; };
     });
   }
 
@@ -319,7 +316,8 @@ struct Program {
       ops.wait(T::full(turn.stage), turn.phase);
       const uint64_t s = moved(ops.descriptor(T::input(turn.stage)), group * kConsumerRows, 0);
       const uint64_t b = ops.descriptor(T::weights(turn.stage));
-      // Not into the upper half's registers: given those, the compiler runs all products of the kernel one after the other.
+      // Not into the upper half's registers: given those, the compiler runs all products of the kernel one after the
+      // other.
       if (low.uniform && low.first_half == 0) {
         add_low_rank(acc, low, s, b);
       } else {
@@ -351,8 +349,8 @@ struct Program {
     }
   }
 
-  // Where only some rows use the adapter: its term is made apart, 64 columns at a time, and added to those rows alone, so
-  // that a NaN of B stays with them. S is zero in the others, but zero times NaN is NaN.
+  // Where only some rows use the adapter: its term is made apart, 64 columns at a time, and added to those rows alone,
+  // so that a NaN of B stays with them. S is zero in the others, but zero times NaN is NaN.
   TWN_BLOCK void add_selected(Accumulator<T::kRegisters>& acc, const LowRank& low, uint64_t s, uint64_t b, int row) {
     constexpr int kHalfChunks = T::kHalf / kSlot;
     TWN_UNROLLED
@@ -396,7 +394,8 @@ struct Program {
       const uint16_t* bias = from(p.bias[tile.projection], tile.column + chunk * kSlot);
       store(group, residual_strip(y, row, tile.column + chunk * kSlot), y, [&](int lane) {
         return [=, &acc](int j) {
-          const float value = acc.at(lane, chunk * kSlotRegisters + j) + bias_at(bias, fragment_column(lane, j), y.columns);
+          const float value =
+              acc.at(lane, chunk * kSlotRegisters + j) + bias_at(bias, fragment_column(lane, j), y.columns);
           return lost ? Ops::nan() : value;
         };
       });
@@ -425,12 +424,14 @@ struct Program {
 
   TWN_BLOCK Strip residual_strip(const Strip& y, int row, int column) const {
     uint16_t* data = nullptr;  // only read
-    if (p.residual != nullptr) data = static_cast<uint16_t*>(const_cast<void*>(p.residual)) + row * p.residual_pitch + column;
+    if (p.residual != nullptr)
+      data = static_cast<uint16_t*>(const_cast<void*>(p.residual)) + row * p.residual_pitch + column;
     return {data, p.residual_pitch, y.rows, y.columns, p.residual_in_pieces};
   }
 
-  // Writes values(lane)(register) of 64 rows by 64 columns, plus `added` where it is there. A warp turns its own 16 rows into
-  // pieces of 16 bytes in its staging; pieces lie where neither the fragments' words nor the pieces meet on a bank.
+  // Writes values(lane)(register) of 64 rows by 64 columns, plus `added` where it is there. A warp turns its own 16
+  // rows into pieces of 16 bytes in its staging; pieces lie where neither the fragments' words nor the pieces meet on a
+  // bank.
   template <typename Values>
   TWN_BLOCK void store(int group, const Strip& added, const Strip& target, const Values& values) {
     const auto staging = [&](int lane) { return T::staging(group * kWarpgroupWarps + lane / kWarpLanes); };
@@ -440,7 +441,8 @@ struct Program {
         TWN_UNROLLED
         for (int turn = 0; turn < kTurns; ++turn) {
           const int row = (turn * kWarpLanes + lane % kWarpLanes) / kRowPieces, piece = lane % kRowPieces;
-          ops.store_piece(staging(lane) + staged_piece(row, piece), read_piece(added, lane / kWarpLanes * kWarpRows + row, piece));
+          ops.store_piece(staging(lane) + staged_piece(row, piece),
+                          read_piece(added, lane / kWarpLanes * kWarpRows + row, piece));
         }
       });
       ops.sync_warps();
@@ -450,7 +452,8 @@ struct Program {
       TWN_UNROLLED
       for (int j = 0; j < kSlotRegisters; j += 2) {
         const int row = fragment_row(lane, j) % kWarpRows, column = fragment_column(lane, j);
-        const uint32_t place = staging(lane) + staged_piece(row, column / kPieceElements) + column % kPieceElements * kElementBytes;
+        const uint32_t place =
+            staging(lane) + staged_piece(row, column / kPieceElements) + column % kPieceElements * kElementBytes;
         float left = value(j), right = value(j + 1);
         if (added.data != nullptr) {
           const uint32_t pair = ops.load_word(place);
@@ -465,7 +468,8 @@ struct Program {
       TWN_UNROLLED
       for (int turn = 0; turn < kTurns; ++turn) {
         const int row = (turn * kWarpLanes + lane % kWarpLanes) / kRowPieces, piece = lane % kRowPieces;
-        write_piece(target, lane / kWarpLanes * kWarpRows + row, piece, ops.load_piece(staging(lane) + staged_piece(row, piece)));
+        write_piece(target, lane / kWarpLanes * kWarpRows + row, piece,
+                    ops.load_piece(staging(lane) + staged_piece(row, piece)));
       }
     });
     ops.sync_warps();

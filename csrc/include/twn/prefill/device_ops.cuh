@@ -51,15 +51,17 @@ struct DeviceOps {
 
   __device__ __forceinline__ void init(uint32_t barrier, uint32_t count) const { barrier_init(base + barrier, count); }
   __device__ __forceinline__ void arrive(uint32_t barrier) const { barrier_arrive(base + barrier); }
-  __device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) const { barrier_arrive_expect(base + barrier, bytes); }
+  __device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) const {
+    barrier_arrive_expect(base + barrier, bytes);
+  }
 
   __device__ __forceinline__ void arrive_warps(uint32_t barrier) const {
     __syncwarp();
     if (threadIdx.x % kWarpLanes == 0) barrier_arrive(base + barrier);
   }
 
-  // A block that waited for itself in vain does not wait again: its tiles are NaN, or never written, and it ends. (A trap in
-  // its place would keep the compiler from giving the consumers the registers that they take.)
+  // A block that waited for itself in vain does not wait again: its tiles are NaN, or never written, and it ends. (A
+  // trap in its place would keep the compiler from giving the consumers the registers that they take.)
   __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
     if (barrier_try_wait(base + barrier, parity) || is_broken) return;
     const uint64_t start = Memory::nanoseconds();
@@ -94,7 +96,8 @@ struct DeviceOps {
 
   __device__ __forceinline__ void store_piece(uint32_t place, const Piece& value) const {
     const uint32_t* w = value.words;
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(base + place), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(base + place), "r"(w[0]), "r"(w[1]), "r"(w[2]),
+                 "r"(w[3])
                  : "memory");
   }
 

@@ -16,11 +16,13 @@ inline bool bulk_readable(const void* data, int64_t pitch) {
   return pitch % kAlignElements == 0 && reinterpret_cast<uintptr_t>(data) % kAlignBytes == 0;
 }
 
-// nullptr where the kernel can read every operand where it is, or may copy it (B); else which it cannot, and what to do.
+// nullptr where the kernel can read every operand where it is, or may copy it (B); else which it cannot, and what to
+// do.
 inline const char* why_unreadable(const Group& group) {
   if (group.front != Front::kPlain) return "x must be ready to be multiplied; make it with twn_cuda::front first";
   if (!fits(group)) return "x has too many rows for one launch; call it for fewer at a time";
-  if (!bulk_readable(group.x, group.x_pitch)) return "rows of x must begin at multiples of 16 bytes; call x.contiguous()";
+  if (!bulk_readable(group.x, group.x_pitch))
+    return "rows of x must begin at multiples of 16 bytes; call x.contiguous()";
   for (int i = 0; i < group.count; ++i) {
     const Projection& projection = group.projections[i];
     if (!bulk_readable(projection.weight, projection.pitch)) {
@@ -28,7 +30,8 @@ inline const char* why_unreadable(const Group& group) {
     }
     for (const Adapter& adapter : projection.adapters) {
       if (adapter.rank == 0 || bulk_readable(adapter.a, adapter.a_pitch)) continue;
-      return "rows of an adapter's A must begin at multiples of 16 bytes; give it memory of its own, or use another impl";
+      return "rows of an adapter's A must begin at multiples of 16 bytes; give it memory of its own, or use another "
+             "impl";
     }
   }
   return nullptr;
@@ -80,7 +83,8 @@ struct Copy {
 };
 
 // Fills `copies` and returns how many there are.
-inline int list_copies(const Group& group, const Plan& plan, void* workspace, Copy (&copies)[kMaxProjections * kAdapters]) {
+inline int list_copies(const Group& group, const Plan& plan, void* workspace,
+                       Copy (&copies)[kMaxProjections * kAdapters]) {
   const WorkspaceLayout layout = workspace_layout(group, plan);
   int count = 0;
   for (int i = 0; i < group.count; ++i) {
@@ -88,8 +92,12 @@ inline int list_copies(const Group& group, const Plan& plan, void* workspace, Co
       if (layout.b_offset[i][a] < 0) continue;
       const Adapter& adapter = group.projections[i].adapters[a];
       char* target = static_cast<char*>(workspace) + layout.b_offset[i][a];
-      copies[count++] = {static_cast<const uint16_t*>(adapter.b), reinterpret_cast<uint16_t*>(target), adapter.b_pitch,
-                         plan.out_features[i], copied_pitch(adapter.rank), adapter.rank};
+      copies[count++] = {static_cast<const uint16_t*>(adapter.b),
+                         reinterpret_cast<uint16_t*>(target),
+                         adapter.b_pitch,
+                         plan.out_features[i],
+                         copied_pitch(adapter.rank),
+                         adapter.rank};
     }
   }
   return count;

@@ -1,9 +1,11 @@
-// What the blocks of one prefill launch do, and in which order: tiles, tickets, k-ranges. Plain data, the same on the host.
+// What the blocks of one prefill launch do, and in which order: tiles, tickets, k-ranges. Plain data, the same on the
+// host.
 //
 // The output is cut into tiles of 128 rows of x by BLOCK_N rows of weights, which are two halves: neighbours of one
 // projection, or the same rows of gate and of up. S is cut into slots of 64 columns: 64 rows of one adapter's A. Up to
-// BLOCK_N / 64 slots of one adapter, of any projections, make a shrink tile, so that a tile of x is read once for all of
-// them. Tickets name the shrink tiles first, then the output tiles; who holds an output tile waits for earlier tickets only.
+// BLOCK_N / 64 slots of one adapter, of any projections, make a shrink tile, so that a tile of x is read once for all
+// of them. Tickets name the shrink tiles first, then the output tiles; who holds an output tile waits for earlier
+// tickets only.
 #pragma once
 
 #include "twn/flags.h"
@@ -23,11 +25,12 @@ constexpr int kNarrowN = 128;
 constexpr int kAlignBytes = 16;  // of addresses and pitches that bulk copies take
 constexpr int kAlignElements = kAlignBytes / kElementBytes;
 
-// Tile rows that share a strip of weight tiles. 132 blocks then touch about 16 x 8 wide tiles at once, which reads the fewest
-// bytes from L2 and HBM. A lead: not measured.
+// Tile rows that share a strip of weight tiles. 132 blocks then touch about 16 x 8 wide tiles at once, which reads the
+// fewest bytes from L2 and HBM. A lead: not measured.
 constexpr int kRasterRows = 16;
 
-// How much longer a narrow tile takes than half a wide one: it reads 4/3 of the bytes for each product. A lead: not measured.
+// How much longer a narrow tile takes than half a wide one: it reads 4/3 of the bytes for each product. A lead: not
+// measured.
 constexpr int kNarrowPercent = 115;
 
 struct Plan {
@@ -148,13 +151,14 @@ TWN_HD ShrinkTile shrink_tile(const Plan& plan, uint32_t ticket) {
   const int tile = static_cast<int>(ticket) - m_tile * row_tiles;
   const int adapter = tile >= plan.shrink_tiles[0] ? 1 : 0;
   const int first = (adapter ? tile - plan.shrink_tiles[0] : tile) * plan.tile_slots();
-  return {m_tile, adapter, (adapter ? plan.slots[0] : 0) + first, smaller(plan.tile_slots(), plan.slots[adapter] - first),
-          static_cast<int>(ticket) * kConsumers};
+  return {m_tile, adapter, (adapter ? plan.slots[0] : 0) + first,
+          smaller(plan.tile_slots(), plan.slots[adapter] - first), static_cast<int>(ticket) * kConsumers};
 }
 
 // The tag of the first warpgroup for a slot of an adapter in a tile row: what shrink_tile says of its tile.
 TWN_HD int tag_of(const Plan& plan, int m_tile, int adapter, int slot) {
-  const int tile = adapter ? plan.shrink_tiles[0] + (slot - plan.slots[0]) / plan.tile_slots() : slot / plan.tile_slots();
+  const int tile =
+      adapter ? plan.shrink_tiles[0] + (slot - plan.slots[0]) / plan.tile_slots() : slot / plan.tile_slots();
   return (m_tile * plan.row_shrink_tiles() + tile) * kConsumers;
 }
 
@@ -191,7 +195,8 @@ TWN_HD int half_row(const Plan& plan, const OutputTile& tile, int half) {
 
 // The adapters that rows of the tile use: all of those that are present, where there are no routes.
 template <typename Reduce>
-TWN_HD Users users_of(const Plan& plan, const int8_t* routes, int present, int m_tile, int lane, int lanes, Reduce reduce) {
+TWN_HD Users users_of(const Plan& plan, const int8_t* routes, int present, int m_tile, int lane, int lanes,
+                      Reduce reduce) {
   Users users{0, present};
   if (routes == nullptr) {
     users.any = present;
@@ -206,8 +211,8 @@ TWN_HD Users users_of(const Plan& plan, const int8_t* routes, int present, int m
   return users;
 }
 
-// Calls visit(LowRank) for every k-iteration behind the base range of an output tile, in order: none where no row of the
-// tile uses an adapter. Those who load and those who multiply both walk through here.
+// Calls visit(LowRank) for every k-iteration behind the base range of an output tile, in order: none where no row of
+// the tile uses an adapter. Those who load and those who multiply both walk through here.
 template <typename Visit>
 TWN_HD void visit_low_rank(const Plan& plan, const OutputTile& tile, Users users, Visit visit) {
   for (int adapter = 0; adapter < kAdapters; ++adapter) {

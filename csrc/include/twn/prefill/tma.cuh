@@ -1,4 +1,5 @@
-// Barriers in shared memory, bulk tensor copies and what else of Hopper the prefill kernel speaks: one instruction each.
+// Barriers in shared memory, bulk tensor copies and what else of Hopper the prefill kernel speaks: one instruction
+// each.
 #pragma once
 
 #include <cuda.h>
@@ -28,18 +29,19 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
 // Whether the phase of this parity is over; sleeps for a while, as long as the hardware likes, before it says no.
 __device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}\n"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}\n"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
   return done != 0;
 }
 
 // The box whose corner is (column, row) of `map`, in elements; zeros stand for what lies outside of the tensor.
-__device__ __forceinline__ void bulk_load(const CUtensorMap* map, uint32_t target, int column, int row, uint32_t barrier) {
+__device__ __forceinline__ void bulk_load(const CUtensorMap* map, uint32_t target, int column, int row,
+                                          uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(target),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          target),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
@@ -65,6 +67,8 @@ __device__ __forceinline__ void take_registers() {
 __device__ __forceinline__ void wait_for_earlier_launches() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // The next launch may begin to fill processors that this one leaves free.
-__device__ __forceinline__ void let_next_launch_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void let_next_launch_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 }  // namespace twn::prefill

@@ -1,4 +1,5 @@
-// wgmma: 64 rows of a in shared memory times N rows of b in shared memory, both with k innermost, 16 k at a time, fp32 sums.
+// wgmma: 64 rows of a in shared memory times N rows of b in shared memory, both with k innermost, 16 k at a time, fp32
+// sums.
 //
 // The instruction is asynchronous: registers of `d` may not be touched between it and wgmma_wait.
 #pragma once

@@ -2,9 +2,9 @@
 //
 // Every role of a block is a host thread, a warpgroup too: what its lanes do runs lane by lane. Shared memory and the
 // workspace begin as NaN. A product is made as late as the rules allow, when it is waited for, so that a stage that is
-// given back too early is read too late. Besides the numbers, this fails a program that reads another lane's word of the
-// staging without a barrier, or leaves out a fence. How the hardware swizzles, reads descriptors and lays out accumulators
-// stands here on its own, as the PTX manual has it.
+// given back too early is read too late. Besides the numbers, this fails a program that reads another lane's word of
+// the staging without a barrier, or leaves out a fence. How the hardware swizzles, reads descriptors and lays out
+// accumulators stands here on its own, as the PTX manual has it.
 #pragma once
 
 #include <atomic>
@@ -112,7 +112,8 @@ struct HostOps {
 
   template <int Registers>
   struct Accumulator {
-    std::vector<float> values = std::vector<float>(kWarpgroupLanes * Registers, std::numeric_limits<float>::quiet_NaN());
+    std::vector<float> values =
+        std::vector<float>(kWarpgroupLanes * Registers, std::numeric_limits<float>::quiet_NaN());
     float& at(int lane, int j) { return values[lane * Registers + j]; }
     void clear() { std::fill(values.begin(), values.end(), 0.0f); }
   };
@@ -194,7 +195,8 @@ struct HostOps {
   void touch_to_read(uint32_t place) {
     Touch* word = touch(place);
     if (word == nullptr) return;
-    demand(word->written != epoch || word->writer == current_lane, "a barrier stands between a lane's word and its readers");
+    demand(word->written != epoch || word->writer == current_lane,
+           "a barrier stands between a lane's word and its readers");
     word->read = epoch, word->reader = current_lane;
   }
 
@@ -240,7 +242,8 @@ struct HostOps {
 
   // Rows of an operand of 16 k: eight of them in 1024 bytes, the next eight a stride further.
   std::vector<float> operand(uint64_t descriptor, int rows) const {
-    demand(descriptor >> 62 == 1 && (descriptor >> 49 & 7) == 0, "operands are swizzled by 128 bytes from 1024 bytes on");
+    demand(descriptor >> 62 == 1 && (descriptor >> 49 & 7) == 0,
+           "operands are swizzled by 128 bytes from 1024 bytes on");
     const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
     std::vector<float> values(rows * kStepK);
     for (int row = 0; row < rows; ++row) {
@@ -258,7 +261,8 @@ struct HostOps {
     const std::vector<float> a = operand(product.a, 64), b = operand(product.b, product.columns);
     for (int lane = 0; lane < 128; ++lane) {
       for (int j = 0; j < product.columns / 2; ++j) {
-        const int row = 16 * (lane / 32) + lane % 32 / 4 + (j & 2 ? 8 : 0), column = 8 * (j / 4) + 2 * (lane % 4) + (j & 1);
+        const int row = 16 * (lane / 32) + lane % 32 / 4 + (j & 2 ? 8 : 0),
+                  column = 8 * (j / 4) + 2 * (lane % 4) + (j & 1);
         float& sum = product.values[lane * product.registers + j];
         for (int k = 0; k < kStepK; ++k) sum += a[row * kStepK + k] * b[column * kStepK + k];
       }
@@ -280,7 +284,9 @@ struct HostOps {
   void sync_warpgroup(int) { ++epoch; }
 
   static float widen(uint16_t bits) { return Number::wide(bits); }
-  static uint32_t pack(float left, float right) { return Number::narrow(left) | static_cast<uint32_t>(Number::narrow(right)) << 16; }
+  static uint32_t pack(float left, float right) {
+    return Number::narrow(left) | static_cast<uint32_t>(Number::narrow(right)) << 16;
+  }
   static float silu(float value) { return value / (1.0f + std::exp(-value)); }
   static float nan() { return std::numeric_limits<float>::quiet_NaN(); }
 };
@@ -300,7 +306,8 @@ void run_block(const Params<HostMap>& p, uint32_t blocks) {
   std::vector<std::thread> roles;
   roles.push_back(role([](auto program) { program.schedule(); }));
   roles.push_back(role([](auto program) { program.load(); }));
-  for (int group = 0; group < kConsumers; ++group) roles.push_back(role([group](auto program) { program.multiply(group); }));
+  for (int group = 0; group < kConsumers; ++group)
+    roles.push_back(role([group](auto program) { program.multiply(group); }));
   for (std::thread& thread : roles) thread.join();
 }
 
@@ -320,8 +327,8 @@ void run_grid(const Params<HostMap>& p, int processors, int resident) {
 
 // `block_n` of 0: as the launcher chooses. Returns 0; 2: `words` are too few; 3: the launcher
 // would refuse; 4: a rule was broken.
-inline int launch_prefill(const Group& group, int block_n, int processors, int resident, uint32_t* words, int64_t word_count,
-                          uint32_t* report) {
+inline int launch_prefill(const Group& group, int block_n, int processors, int resident, uint32_t* words,
+                          int64_t word_count, uint32_t* report) {
   if (why_unreadable(group) != nullptr) return 3;
   const PrefillSizes sizes = prefill_sizes(group);
   if (sizes.sync_words > word_count) return 2;
@@ -345,7 +352,8 @@ inline int launch_prefill(const Group& group, int block_n, int processors, int r
   if (plan.block_n == kWideN) {
     half ? run_grid<Float16, WideTile>(p, processors, resident) : run_grid<BFloat16, WideTile>(p, processors, resident);
   } else {
-    half ? run_grid<Float16, NarrowTile>(p, processors, resident) : run_grid<BFloat16, NarrowTile>(p, processors, resident);
+    half ? run_grid<Float16, NarrowTile>(p, processors, resident)
+         : run_grid<BFloat16, NarrowTile>(p, processors, resident);
   }
   return broken_rule == nullptr ? 0 : 4;
 }

@@ -39,7 +39,8 @@ Group random_group() {
   return group;
 }
 
-// Every 128-row, 64-feature part of S of a present adapter is made by one shrink tile, and its tag is what readers ask for.
+// Every 128-row, 64-feature part of S of a present adapter is made by one shrink tile, and its tag is what readers ask
+// for.
 void check_shrinks(const Group& group, const Plan& plan) {
   std::map<std::tuple<int, int, int, int>, int> tags;  // tile row, projection, adapter, first rank
   std::set<int> seen_tags;
@@ -102,7 +103,10 @@ void check_ranges(const Group& group, const Plan& plan) {
   std::vector<int8_t> routes(group.tokens);
   const int pattern = below(4);
   for (int row = 0; row < group.tokens; ++row) {
-    routes[row] = static_cast<int8_t>(pattern == 0 ? below(4) : pattern == 1 ? 1 + row % 2 : pattern == 2 ? row / 200 % 4 : 2 * below(2));
+    routes[row] = static_cast<int8_t>(pattern == 0   ? below(4)
+                                      : pattern == 1 ? 1 + row % 2
+                                      : pattern == 2 ? row / 200 % 4
+                                                     : 2 * below(2));
   }
   const bool routed = below(4) != 0;
   for (int m_tile = 0; m_tile < plan.m_tiles; ++m_tile) {
@@ -131,7 +135,8 @@ void check_ranges(const Group& group, const Plan& plan) {
       const int left = std::min(rank - low.first_rank, kSlot);
       CHECK_THAT(left > 0 && low.steps * kStepK >= left && (low.steps - 1) * kStepK < left, "%d steps", low.steps);
       CHECK_THAT(low.uniform == (all >> low.adapter & 1), "uniform");
-      CHECK_THAT(low.s_column == (plan.first_slot[low.projection][low.adapter] + low.first_rank / kSlot) * kSlot, "column");
+      CHECK_THAT(low.s_column == (plan.first_slot[low.projection][low.adapter] + low.first_rank / kSlot) * kSlot,
+                 "column");
       CHECK_THAT(low.halves == (plan.swiglu ? 1 : 2) && low.first_half == (plan.swiglu ? low.projection : 0), "halves");
       CHECK_THAT(plan.swiglu || low.projection == tile.projection, "another projection");
     });
@@ -163,7 +168,8 @@ void check_workspace(const Group& group, const Plan& plan) {
     }
   }
   CHECK_THAT(count == 0, "copies");
-  for (size_t i = 1; i < parts.size(); ++i) CHECK_THAT(parts[i].first >= parts[i - 1].second && parts[i].first % 256 == 0, "parts meet");
+  for (size_t i = 1; i < parts.size(); ++i)
+    CHECK_THAT(parts[i].first >= parts[i - 1].second && parts[i].first % 256 == 0, "parts meet");
   CHECK_THAT(layout.bytes >= parts.back().second, "the workspace is too small");
   const PrefillSizes sizes = prefill_sizes(group);
   CHECK_THAT(sizes.workspace_bytes >= layout.bytes && sizes.sync_words >= kFirstFreeWord + plan.tags(), "sizes");
@@ -207,7 +213,8 @@ void check_fragments() {
       for (int j = 0; j < columns / 2; ++j) {
         CHECK_THAT(fragment_row(lane, j) / kWarpRows == lane / kWarpLanes, "a warp holds its own rows");
         CHECK_THAT(fragment_row(lane, j) == fragment_row(lane, j / 2 % 2 * 2), "two rows a lane");
-        CHECK_THAT(j % 2 == 0 || fragment_column(lane, j) == fragment_column(lane, j - 1) + 1, "registers come in pairs");
+        CHECK_THAT(j % 2 == 0 || fragment_column(lane, j) == fragment_column(lane, j - 1) + 1,
+                   "registers come in pairs");
         ++count[fragment_row(lane, j) * columns + fragment_column(lane, j)];
       }
     }
@@ -219,7 +226,8 @@ void check_descriptors() {
   for (uint32_t address = 0; address < kSharedLimit; address += kAtomBytes) {
     const uint64_t made = operand_descriptor(address);
     CHECK_THAT((made & 0x3fff) == address >> 4 && (made >> 14 & 3) == 0, "address");
-    CHECK_THAT((made >> 16 & 0x3fff) == 1 && (made >> 32 & 0x3fff) == 1024 >> 4 && made >> 62 == 1, "offsets and swizzle");
+    CHECK_THAT((made >> 16 & 0x3fff) == 1 && (made >> 32 & 0x3fff) == 1024 >> 4 && made >> 62 == 1,
+               "offsets and swizzle");
     CHECK_THAT((made >> 46 & 0xffff) == 0, "reserved bits and base offset");
     for (int rows = 0; rows < kWideN && address + rows * 128 < kSharedLimit; rows += 64) {
       for (int step = 0; step < 4; ++step) {
@@ -236,7 +244,8 @@ void check_shared_memory() {
   for (int stage = 0; stage < T::kStages; ++stage) {
     parts.push_back({T::input(stage), kBlockM * 128});
     parts.push_back({T::weights(stage), T::kBlockN * 128});
-    CHECK_THAT(T::input(stage) % 1024 == 0 && (T::weights(stage) + T::kHalfBytes) % 1024 == 0, "swizzled from its start");
+    CHECK_THAT(T::input(stage) % 1024 == 0 && (T::weights(stage) + T::kHalfBytes) % 1024 == 0,
+               "swizzled from its start");
   }
   for (int warp = 0; warp < kConsumers * kWarpgroupWarps; ++warp) parts.push_back({T::staging(warp), kWarpRows * 128});
   for (int stage = 0; stage < T::kStages; ++stage) parts.push_back({T::full(stage), 8});
@@ -251,7 +260,8 @@ void check_shared_memory() {
     end = start + bytes;
   }
   CHECK_THAT(end <= T::kBytes && T::kBytes + 1024 <= 227 * 1024, "%u bytes", T::kBytes);
-  CHECK_THAT(T::kStageBytes == T::kInputBytes + 2 * T::kHalfBytes && T::kSlots * T::kSlotBytes == 2 * T::kHalfBytes, "bytes that are expected");
+  CHECK_THAT(T::kStageBytes == T::kInputBytes + 2 * T::kHalfBytes && T::kSlots * T::kSlotBytes == 2 * T::kHalfBytes,
+             "bytes that are expected");
 }
 
 }  // namespace

@@ -51,7 +51,8 @@ int main(int count, char** arguments) {
     const int run = 1 + below(200);
     for (int row = 0; row < group.tokens; ++row) routes[row] = static_cast<int8_t>(row / run * 7 % 4);
     group.routes = routes.data();
-    const int code = launch_prefill(group, below(2) ? kWideN : kNarrowN, 1 + below(9), 1 + below(4), words.data(), words.size(), &report);
+    const int code = launch_prefill(group, below(2) ? kWideN : kNarrowN, 1 + below(9), 1 + below(4), words.data(),
+                                    words.size(), &report);
     const char* rule = broken_rule;
     CHECK_THAT(code == 0 && report == 0, "round %d: code %d, report %x, %s", round, code, report, rule ? rule : "");
     CHECK_THAT(words[kQueueWord] == 0 && words[kExitWord] == 0, "round %d leaves words behind", round);
