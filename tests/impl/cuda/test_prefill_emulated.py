@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,11 +211,13 @@ def test_a_tag_that_never_comes_makes_its_tiles_nan_and_hangs_nobody(group, bloc
 
 
 def test_a_lost_launch_waits_once_for_all_of_its_tags():
-    case = GroupCase(128, 72, (300,), ((24, 200),), BF16, "embedding")
+    case = GroupCase(128, 72, (300,), ((24, 256),), BF16, "embedding")
     args, plan = arguments(case, "cpu"), case.plan("cpu")
     emulator = Emulator(WIDE, processors=1, resident=1)
-    emulator(args, plan, lost=0, patience_ms=700)
+    start = time.monotonic()
+    emulator(args, plan, lost=0, patience_ms=1500)
     assert emulator.report.value == LOST_TAG
+    assert time.monotonic() - start < 5  # two tiles of four iterations each wait for the same tag
 
 
 def moved(tensor: torch.Tensor, elements: int) -> torch.Tensor:

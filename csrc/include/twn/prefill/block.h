@@ -12,9 +12,11 @@
 #if defined(__CUDACC__)
 #define TWN_BLOCK __device__ __forceinline__
 #define TWN_UNROLLED _Pragma("unroll")
+#define TWN_ROLLED _Pragma("unroll 1")
 #else
 #define TWN_BLOCK inline
 #define TWN_UNROLLED
+#define TWN_ROLLED
 #endif
 
 namespace twn::prefill {
@@ -261,6 +263,7 @@ struct Program {
       if (k > 0) ops.arrive_warps(T::empty(turn.previous()));
     }
     ops.template mma_wait<0>();
+    acc.settle();
     ops.arrive_warps(T::empty(turn.previous()));
   }
 
@@ -346,6 +349,7 @@ struct Program {
       ops.template mma<N>(acc, moved(a, 0, step), moved(b, 0, step));
       ops.mma_commit();
       ops.template mma_wait<0>();
+      acc.settle();
     }
   }
 
@@ -441,8 +445,7 @@ struct Program {
         TWN_UNROLLED
         for (int turn = 0; turn < kTurns; ++turn) {
           const int row = (turn * kWarpLanes + lane % kWarpLanes) / kRowPieces, piece = lane % kRowPieces;
-          ops.store_piece(staging(lane) + staged_piece(row, piece),
-                          read_piece(added, lane / kWarpLanes * kWarpRows + row, piece));
+          stage_piece(added, lane / kWarpLanes * kWarpRows + row, piece, staging(lane) + staged_piece(row, piece));
         }
       });
       ops.sync_warps();
@@ -468,37 +471,36 @@ struct Program {
       TWN_UNROLLED
       for (int turn = 0; turn < kTurns; ++turn) {
         const int row = (turn * kWarpLanes + lane % kWarpLanes) / kRowPieces, piece = lane % kRowPieces;
-        write_piece(target, lane / kWarpLanes * kWarpRows + row, piece,
-                    ops.load_piece(staging(lane) + staged_piece(row, piece)));
+        write_piece(target, lane / kWarpLanes * kWarpRows + row, piece, staging(lane) + staged_piece(row, piece));
       }
     });
     ops.sync_warps();
   }
 
-  TWN_BLOCK static Piece read_piece(const Strip& strip, int row, int piece) {
-    Piece found{};
+  // A piece of a strip to its place in the staging, zeros for what the strip does not have.
+  TWN_BLOCK void stage_piece(const Strip& strip, int row, int piece, uint32_t place) {
     const int columns = row < strip.rows ? strip.columns - piece * kPieceElements : 0;
     const uint16_t* data = strip.data + row * strip.pitch + piece * kPieceElements;
     if (strip.in_pieces && columns >= kPieceElements) {
-      found = *reinterpret_cast<const Piece*>(data);
+      ops.store_piece(place, *reinterpret_cast<const Piece*>(data));
     } else {
-      TWN_UNROLLED
-      for (int i = 0; i < kPieceElements; ++i) {
-        if (i < columns) found.words[i / 2] |= static_cast<uint32_t>(data[i]) << i % 2 * 16;
+      TWN_ROLLED
+      for (int i = 0; i < kPieceElements; i += 2) {
+        const uint32_t left = i < columns ? data[i] : 0, right = i + 1 < columns ? data[i + 1] : 0;
+        ops.store_word(place + i * kElementBytes, left | right << 16);
       }
     }
-    return found;
   }
 
-  TWN_BLOCK static void write_piece(const Strip& strip, int row, int piece, const Piece& value) {
+  TWN_BLOCK void write_piece(const Strip& strip, int row, int piece, uint32_t place) {
     const int columns = row < strip.rows ? strip.columns - piece * kPieceElements : 0;
     uint16_t* data = strip.data + row * strip.pitch + piece * kPieceElements;
     if (strip.in_pieces && columns >= kPieceElements) {
-      *reinterpret_cast<Piece*>(data) = value;
+      *reinterpret_cast<Piece*>(data) = ops.load_piece(place);
     } else {
-      TWN_UNROLLED
-      for (int i = 0; i < kPieceElements; ++i) {
-        if (i < columns) data[i] = static_cast<uint16_t>(value.words[i / 2] >> i % 2 * 16);
+      TWN_ROLLED
+      for (int i = 0; i < smaller(columns, kPieceElements); ++i) {
+        data[i] = static_cast<uint16_t>(ops.load_word(place + i / 2 * 4) >> i % 2 * 16);
       }
     }
   }

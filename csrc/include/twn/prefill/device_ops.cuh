@@ -29,6 +29,12 @@ struct DeviceOps {
 #pragma unroll
       for (float& value : values) value = 0.0f;
     }
+
+    // Behind a wait, which names no register: nothing that uses them may be moved in front of it.
+    __device__ __forceinline__ void settle() {
+#pragma unroll
+      for (float& value : values) asm volatile("" : "+f"(value)::"memory");
+    }
   };
 
   uint32_t base;  // of the block's shared memory, a multiple of 1024

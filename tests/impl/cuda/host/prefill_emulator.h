@@ -116,6 +116,7 @@ struct HostOps {
         std::vector<float>(kWarpgroupLanes * Registers, std::numeric_limits<float>::quiet_NaN());
     float& at(int lane, int j) { return values[lane * Registers + j]; }
     void clear() { std::fill(values.begin(), values.end(), 0.0f); }
+    void settle() {}
   };
 
   struct Product {
