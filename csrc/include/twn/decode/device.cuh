@@ -106,7 +106,8 @@ class DecodeDevice {
     const T* a = static_cast<const T*>(adapter.a);
     const bool words = aligned(a, adapter.a_pitch);
     float sums[Layout::kTokenTiles][4] = {};
-#pragma unroll 2
+    // as many loads in flight as registers allow: a warp has a handful of chunks
+#pragma unroll (Layout::kTokenTiles <= 2 ? 4 : 2)
     for (int chunk = task.chunk_begin + warp(); chunk < task.chunk_end; chunk += kWarps) {
       const int feature = chunk * kChunkFeatures + fragment_feature(lane());
       const int left = plan_.group.in_features - feature;
@@ -221,6 +222,21 @@ class DecodeDevice {
       if (first) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
       add(sum, __ldcg(partial(slot, quad)));
     });
+  }
+
+  // Into L2, long before they are used at the end of the tile: one request for 128 bytes.
+  TWN_DEVICE void ask_for_rows_of_b(TilePlace place, int number) {
+    constexpr int kLine = 64;  // elements
+    for (int row = threadIdx.x / 4; row < Layout::kRows; row += kDecodeThreads / 4) {
+      const TilePlace at = plan_.row_of(place, row);
+      const Projection& projection = plan_.group.projections[at.projection];
+      const Adapter& adapter = projection.adapters[number];
+      if (at.first_row >= projection.out_features) continue;
+      const T* b = static_cast<const T*>(adapter.b) + at.first_row * adapter.b_pitch;
+      for (int rank = threadIdx.x % 4 * kLine; rank < adapter.rank; rank += 4 * kLine) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(b + rank));
+      }
+    }
   }
 
   // ---- the adapters' terms: acc += select(S B^T), row by row of the batch ----

@@ -59,6 +59,9 @@ TWN_HD void finish_tile(Ops& ops, const DecodePlan& plan, int tile) {
 template <typename Ops>
 TWN_HD void run_tile(Ops& ops, const DecodePlan& plan, int block, int tile, int units) {
   ops.clear();
+  for (int adapter = 0; adapter < kAdapters; ++adapter) {
+    if (ops.uses(adapter)) ops.ask_for_rows_of_b(plan.place_of(tile), adapter);
+  }
   for (int i = 0; i < units; ++i) ops.multiply_unit();
   ops.join_chunk_groups();
   const TileParts parts = plan.parts_of(tile);

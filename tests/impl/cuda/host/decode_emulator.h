@@ -1,18 +1,16 @@
 // The decode kernel on a CPU: the real block program, plan and layouts, with every thread's work done in a plain loop.
 //
 // A block is a host thread. Shared memory begins as NaN, as does the workspace, and rows and features beyond the tensors
-// are never touched. Copies happen as late as the rules allow: with the group, or the bytes, that is waited for. What is
-// emulated here and not shared with the device: the instructions (device.cuh and the pipes).
+// are never touched. What is emulated here and not shared with the device: the instructions (device.cuh and the pipes).
 #pragma once
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <deque>
 #include <limits>
 #include <thread>
 #include <vector>
 
+#include "decode_pipe.h"
 #include "host_memory.h"
 #include "twn/decode/forms.h"
 #include "twn/decode/program.h"
@@ -29,7 +27,7 @@ struct Vector {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// `Bulk`: a stage is waited for by the bytes that it was promised (sm_90), else by the groups of copies since (sm_80).
+// `Bulk`: as HostPipe has it.
 template <typename Number, typename Layout, bool Bulk>
 class DecodeHost {
  public:
@@ -38,14 +36,10 @@ class DecodeHost {
         group_(plan.group),
         workspace_(workspace),
         flags_{sync, static_cast<uint32_t>(plan.tasks()), static_cast<uint32_t>(plan.blocks), 0},
-        stages_(stages),
-        shared_(Layout::shared_bytes(stages), char(0xff)),
-        next_(plan, plan.units_of(block)),
-        current_(next_),
+        pipe_(plan, block, stages),
+        current_(plan, plan.units_of(block)),
         acc_(kDecodeThreads * kSums, kNan),
-        promised_(stages, 0),
-        promises_(stages) {
-    scratch_ = reinterpret_cast<float*>(shared_.data() + stages * Layout::kStageBytes);
+        scratch_(Layout::kScratchBytes / sizeof(float), kNan) {
     const bool plain = plan.front_tasks() == 0;
     z_ = plain ? static_cast<const uint16_t*>(group_.x) : half(plan.z_offset);
     z_pitch_ = plain ? group_.x_pitch : group_.in_features;
@@ -53,26 +47,9 @@ class DecodeHost {
 
   bool failed() const { return failed_; }
 
-  void load_weights_ahead(UnitRange range) {
-    UnitCursor unit(plan_, range);
-    for (int stage = 0; stage < stages_; ++stage) {
-      if (unit.left > 0) {
-        copy_weights(stage, unit);
-        unit.advance(plan_);
-      }
-      groups_.emplace_back();
-    }
-  }
+  void load_weights_ahead(UnitRange range) { pipe_.load_weights_ahead(range); }
   void wait_for_previous_kernels() {}
-  void load_inputs_ahead() {
-    for (int stage = 0; stage < stages_; ++stage) {
-      if (next_.left > 0) {
-        copy_inputs(stage, next_);
-        next_.advance(plan_);
-      }
-      groups_.emplace_back();
-    }
-  }
+  void load_inputs_ahead() { pipe_.load_inputs_ahead(z_, z_pitch_); }
 
   void begin() {
     flags_.begin();
@@ -161,8 +138,7 @@ class DecodeHost {
   void clear() { std::fill(acc_.begin(), acc_.end(), 0.0f); }
 
   void multiply_unit() {
-    wait_for_stage();
-    const char* stage = shared_.data() + stage_ * Layout::kStageBytes;
+    const char* stage = pipe_.wait();
     const int left = group_.in_features - current_.step * Layout::kFeatures;
     for (int warp = 0; warp < kWarps; ++warp) {
       const int row = warp_row_group(warp) * Layout::kWarpRows;
@@ -182,19 +158,12 @@ class DecodeHost {
       }
     }
     current_.advance(plan_);
-    std::fill_n(shared_.begin() + stage_ * Layout::kStageBytes, Layout::kStageBytes, char(0xff));
-    if (next_.left > 0) {
-      copy_weights(stage_, next_);
-      copy_inputs(stage_, next_);
-      next_.advance(plan_);
-    }
-    groups_.emplace_back();
-    stage_ = (stage_ + 1) % stages_;
+    pipe_.refill(z_, z_pitch_);
   }
 
   void join_chunk_groups() {
     each_leader_sum([&](int thread, int quad, float*) {
-      std::memcpy(scratch_ + Layout::handed_over(thread, quad), sum_of(thread + kLeaders, quad), 16);
+      std::memcpy(&scratch_[Layout::handed_over(thread, quad)], sum_of(thread + kLeaders, quad), 16);
     });
     each_leader_sum([&](int thread, int quad, float* sum) {
       for (int i = 0; i < 4; ++i) sum[i] += scratch_[Layout::handed_over(thread, quad) + i];
@@ -208,6 +177,8 @@ class DecodeHost {
       for (int i = 0; i < 4; ++i) sum[i] = (first ? 0.0f : sum[i]) + partial(slot, thread, quad)[i];
     });
   }
+
+  void ask_for_rows_of_b(TilePlace, int) {}
 
   void expand(TilePlace place, int number) {
     for (int warp = 0; warp < kRowGroups; ++warp) {
@@ -329,67 +300,15 @@ class DecodeHost {
            (bias == nullptr ? 0.0f : Number::wide(static_cast<const uint16_t*>(bias)[at.first_row]));
   }
 
-  struct Copy {
-    int stage, offset;
-    const uint16_t* source;
-    int bytes;
-  };
-
-  void perform(const std::vector<Copy>& copies) {
-    for (const Copy& copy : copies) std::memcpy(shared_.data() + copy.stage * Layout::kStageBytes + copy.offset, copy.source, copy.bytes);
-  }
-
-  void wait_for_stage() {
-    if (Bulk) {
-      int bytes = 0;
-      for (const Copy& copy : promises_[stage_]) bytes += copy.bytes;
-      if (bytes != promised_[stage_]) std::abort();  // the device would wait for ever, or not long enough
-      perform(promises_[stage_]);
-      promises_[stage_].clear();
-    } else {
-      while (groups_.size() > static_cast<size_t>(stages_)) {  // the last one is still open
-        perform(groups_.front());
-        groups_.pop_front();
-      }
-    }
-  }
-
-  void copy_weights(int stage, const UnitCursor& unit) {
-    const TilePlace tile = plan_.place_of(unit.tile);
-    promised_[stage] = 2 * plan_.features_in(unit.step) * (plan_.rows_in(tile) + group_.tokens);
-    for (int row = 0; row < Layout::kRows; ++row) {
-      const TilePlace place = plan_.row_of(tile, row);
-      const Projection& projection = group_.projections[place.projection];
-      if (place.first_row < projection.out_features) {
-        copy_row(stage, Layout::weight_offset(row, 0), unit, static_cast<const uint16_t*>(projection.weight) + place.first_row * projection.pitch);
-      }
-    }
-  }
-  void copy_inputs(int stage, const UnitCursor& unit) {
-    for (int token = 0; token < group_.tokens; ++token) copy_row(stage, Layout::input_offset(token, 0), unit, z_ + token * z_pitch_);
-  }
-  void copy_row(int stage, int offset, const UnitCursor& unit, const uint16_t* row) {
-    const int first = unit.step * Layout::kFeatures;
-    const int count = std::min(Layout::kFeatures, group_.in_features - first);
-    const Copy copy{stage, offset, row + first, 2 * count};
-    Bulk ? promises_[stage].push_back(copy) : groups_.back().push_back(copy);
-  }
-
   const DecodePlan& plan_;
   const Group& group_;
   char* workspace_;
   Flags<HostMemory> flags_;
-  int stages_;
-  std::vector<char> shared_;
-  UnitCursor next_, current_;
-  std::vector<float> acc_;
-  std::deque<std::vector<Copy>> groups_{1};  // not yet done, oldest first
-  std::vector<int> promised_;
-  std::vector<std::vector<Copy>> promises_;
-  float* scratch_;
+  HostPipe<Layout, Bulk> pipe_;
+  UnitCursor current_;
+  std::vector<float> acc_, scratch_;
   const uint16_t* z_;
   int64_t z_pitch_;
-  int stage_ = 0;
   uint64_t users_[kAdapters] = {};
   bool failed_ = false;
 };
