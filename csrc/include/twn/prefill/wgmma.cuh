@@ -24,12 +24,14 @@ __device__ __forceinline__ void wgmma_wait() {
 template <Dtype Type, int N>
 struct Wgmma;
 
-// The operands are: registers, then the two descriptors, whose numbers follow.
+// The operands are: registers, then the two descriptors, whose numbers follow. The predicate says: add to d.
 #define TWN_WGMMA(TYPE, N, REGISTERS, A, B, ...)                                                                 \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" #A ", %" #B \
-               ", 1, 1, 1, 0, 0;\n"                                                                             \
-               : __VA_ARGS__                                                                                     \
-               : "l"(a), "l"(b))
+  asm volatile(                                                                                                  \
+      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                             \
+      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" #A ", %" #B          \
+      ", add, 1, 1, 0, 0;\n}\n"                                                                                  \
+      : __VA_ARGS__                                                                                              \
+      : "l"(a), "l"(b))
 
 // Register lists of the instruction, as its text and as its operands.
 #define TWN_D(i) "+f"(d[i])
