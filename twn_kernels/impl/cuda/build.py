@@ -143,10 +143,12 @@ def digest(csrc: Path) -> str:
 def steps(csrc: Path, build: Path, archs: Sequence[Arch], tools: Tools) -> list[Step]:
     """How each source is compiled into ``build``.
 
-    ``NAME_smXY.cu`` gets the architectures from X.Y on and ``NAME_smXYa.cu`` gets X.Ya alone. Where the list has none
-    of them, the source is left out; where it has, every source sees the macro ``TWN_SMXY`` (``TWN_SMXYA``).
+    ``NAME_smXY.cu`` gets the architectures from X.Y on, up to those of a newer sibling of that ``NAME``.
+    ``NAME_smXYa.cu`` gets X.Ya alone, where the list has X.Y in any form. A source that gets none is left out; where
+    it gets one, every source sees the macro ``TWN_SMXY`` (``TWN_SMXYA``).
     """
-    chosen = {source: _archs_of(source, archs) for source in sources(csrc)}
+    found = sources(csrc)
+    chosen = {source: _archs_of(source, archs, found) for source in found}
     macros = sorted({f"-DTWN_SM{_part(source).upper()}" for source in chosen if _part(source) and chosen[source]})
     shared = ["-std=c++17", *macros, f"-I{csrc / 'include'}"]
     device = [tools.nvcc, *shared, "-O3", "-lineinfo", "-Xcompiler=-fPIC", "-ccbin", tools.cxx[0]]
@@ -168,15 +170,23 @@ def _part(source: Path) -> str:
     return found[1] if found else ""
 
 
-def _archs_of(source: Path, archs: Sequence[Arch]) -> list[Arch]:
-    part = _part(source)
-    if not part:
+def _archs_of(source: Path, archs: Sequence[Arch], everything: Iterable[Path]) -> list[Arch]:
+    if not _part(source):
         return list(archs)
-    digits = part.rstrip("af")
-    number, suffix = (int(digits[:-1]), int(digits[-1])), part[len(digits) :]
+    number, suffix = _named(source)
     if suffix:
-        return [arch for arch in archs if (arch.number, arch.suffix) == (number, suffix)]
-    return [arch for arch in archs if arch.number >= number]
+        return [Arch(number, suffix, False)] if any(arch.number == number for arch in archs) else []
+    name = source.stem.rpartition("_sm")[0]
+    siblings = [_named(other) for other in everything if _part(other) and other.stem.rpartition("_sm")[0] == name]
+    end = min((other for other, letter in siblings if not letter and other > number), default=(sys.maxsize, 0))
+    return [arch for arch in archs if number <= arch.number < end]
+
+
+def _named(source: Path) -> tuple[tuple[int, int], str]:
+    """``((9, 0), "a")`` of ``prefill_sm90a.cu``."""
+    part = _part(source)
+    digits = part.rstrip("af")
+    return (int(digits[:-1]), int(digits[-1])), part[len(digits) :]
 
 
 def _arch_flags(archs: Sequence[Arch]) -> list[str]:

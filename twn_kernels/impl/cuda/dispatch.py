@@ -16,7 +16,7 @@ DECODE_ROWS = 64  # of a launch of the decode kernel: its contract
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores begin there
 HOPPER = (9, 0)  # 9.0a code, which the prefill kernel is, runs there and nowhere else
 
-_PREFILL_SOURCE = "prefill_sm90a"  # left out of a build whose architectures do not name 9.0a
+_PREFILL_SOURCE = "prefill_sm90a"  # left out of a build whose architectures do not name 9.0
 
 
 @dataclass(frozen=True)
