@@ -76,8 +76,10 @@ class HostBarrier {
   }
   bool wait(uint32_t parity, uint64_t nanoseconds) {
     std::unique_lock<std::mutex> guard(mutex_);
-    return changed_.wait_for(guard, std::chrono::nanoseconds(nanoseconds), [&] { return (phase_ & 1) != parity; });
+    const auto over = [&] { return (phase_ & 1) != parity; };
+    return changed_.wait_for(guard, std::chrono::nanoseconds(nanoseconds), over) && ++waits_;
   }
+  bool waited_for_each_phase() const { return waits_ == phase_; }
 
  private:
   void complete() {
@@ -89,7 +91,7 @@ class HostBarrier {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  uint32_t count_ = 0, pending_ = 0, phase_ = 0;
+  uint32_t count_ = 0, pending_ = 0, phase_ = 0, waits_ = 0;
   int64_t bytes_ = 0;
 };
 
@@ -310,6 +312,8 @@ void run_block(const Params<HostMap>& p, uint32_t blocks) {
   for (int group = 0; group < kConsumers; ++group)
     roles.push_back(role([group](auto program) { program.multiply(group); }));
   for (std::thread& thread : roles) thread.join();
+  const HostBarrier& hungry = block->barriers[(T::hungry() - T::kBarriers) / 8];
+  demand(hungry.waited_for_each_phase(), "a ticket is drawn when the tile before it is all but loaded, no sooner");
 }
 
 // A launch of which `resident` blocks run at a time.
