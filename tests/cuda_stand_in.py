@@ -70,6 +70,7 @@ class StandIn:
         assert all(type(flag) is bool for flag in (gated, swiglu)) and type(eps) is float
         for tensor in (x, *weights):
             _check_words(tensor)
+        assert x.stride(0) >= x.shape[1], "rows overlap"
         assert residual is None or residual.stride(1) == 1
         if routes is None:
             routes = torch.full((x.shape[0],), present, dtype=torch.int8)

@@ -154,6 +154,18 @@ def test_inputs_of_odd_pitch_are_copied(tokens, extension, cut_from_nan):
     assert actual[0].isfinite().all()
 
 
+def test_inputs_whose_rows_overlap_or_start_beside_a_word_are_copied(extension):
+    for x in (draw(1, FEATURES).expand(5, FEATURES), shifted(5, FEATURES)):
+        expected, actual = both(x, projections(1), mixed(5))
+        assert torch.equal(expected[0], actual[0])
+
+
+def test_a_single_column_of_B_may_have_any_stride(extension):
+    column = LoRA(draw(1, FEATURES), draw(1, 40).t(), 0.5)
+    expected, actual = both(draw(5, FEATURES), bent(reasoning=column), mixed(5))
+    assert torch.equal(expected[0], actual[0])
+
+
 def test_an_aligned_input_is_not_copied(extension, monkeypatch):
     seen = []
     decode = extension._decode
@@ -213,6 +225,14 @@ REFUSALS = {
         lambda: (draw(3, FEATURES), bent(embedding=LoRA(draw(4, FEATURES), draw(4, 40).t(), 1.0))),
         'projections[0].embedding.B must have a contiguous last dimension for impl="cuda", got strides (1, 40). '
         "Store it so: B.contiguous().",
+    ),
+    "fp32 adapters beside a linear without any": (
+        DtypeError,
+        lambda: (
+            draw(3, FEATURES),
+            [Projection(draw(40, FEATURES)), *bent(reasoning=lora(4, 40, dtype=FP32), embedding=None)],
+        ),
+        "projections[1].reasoning must be in the dtype of x",
     ),
     "fp32 adapters": (
         DtypeError,
