@@ -22,7 +22,7 @@ struct Copies {
 __global__ void __launch_bounds__(kCopyThreads) copy_kernel(const Copies copies) {
   const Copy& copy = copies.list[blockIdx.y];
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < copy.rows * copy.pitch;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < copy.rows * copy.rank;
        i += stride) {
     copy_element(copy, i);
   }

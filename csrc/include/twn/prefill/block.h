@@ -341,15 +341,27 @@ struct Program {
     }
   }
 
-  // One at a time: the other warpgroup has its turn meanwhile, and no product is in flight where the loop may end.
+  // A whole stage of products at once; of fewer one at a time, which the other warpgroup fills: the compiler must see that
+  // none is in flight where a loop may end.
   template <int N, int Registers>
   TWN_BLOCK void multiply_steps(Accumulator<Registers>& acc, int steps, uint64_t a, uint64_t b) {
-    for (int step = 0; step < steps; ++step) {
+    constexpr int kSteps = kBlockK / kStepK;
+    if (steps == kSteps) {
       ops.mma_fence();
-      ops.template mma<N>(acc, moved(a, 0, step), moved(b, 0, step));
+      TWN_UNROLLED
+      for (int step = 0; step < kSteps; ++step) ops.template mma<N>(acc, moved(a, 0, step), moved(b, 0, step));
       ops.mma_commit();
       ops.template mma_wait<0>();
       acc.settle();
+    } else {
+      TWN_ROLLED
+      for (int step = 0; step < steps; ++step) {
+        ops.mma_fence();
+        ops.template mma<N>(acc, moved(a, 0, step), moved(b, 0, step));
+        ops.mma_commit();
+        ops.template mma_wait<0>();
+        acc.settle();
+      }
     }
   }
 

@@ -103,10 +103,10 @@ inline int list_copies(const Group& group, const Plan& plan, void* workspace,
   return count;
 }
 
-// Element `index` of a copy, whose padding is zero: it meets columns of S that are zero, and zero times NaN is NaN.
+// Element `index` of rows * rank. What the copy's rows have beyond stays as it is: no box reads more than `rank` columns.
 TWN_HD void copy_element(const Copy& copy, int64_t index) {
-  const int64_t row = index / copy.pitch, column = index - row * copy.pitch;
-  copy.target[index] = column < copy.rank ? copy.source[row * copy.source_pitch + column] : uint16_t{0};
+  const int64_t row = index / copy.rank, column = index - row * copy.rank;
+  copy.target[row * copy.pitch + column] = copy.source[row * copy.source_pitch + column];
 }
 
 }  // namespace twn::prefill

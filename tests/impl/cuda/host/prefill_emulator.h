@@ -351,7 +351,7 @@ inline int launch_prefill(const Group& group, int block_n, int processors, int r
   p.report = report;
   Copy copies[kMaxProjections * kAdapters];
   for (int i = 0, count = list_copies(group, plan, workspace.data(), copies); i < count; ++i) {
-    for (int64_t element = 0; element < copies[i].rows * copies[i].pitch; ++element) copy_element(copies[i], element);
+    for (int64_t element = 0; element < copies[i].rows * copies[i].rank; ++element) copy_element(copies[i], element);
   }
   const bool half = group.dtype == Dtype::kFloat16;
   if (plan.block_n == kWideN) {
