@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cuda_stand_in
 import pytest
 import torch
+from sample_results import contest, run
 from torch import nn
 
-from twn_kernels import patch, status
+from twn_kernels import patch, route, status
+from twn_kernels.benchmarking.cases import Case
+from twn_kernels.benchmarking.choosing import choose
+from twn_kernels.benchmarking.digest import Source
 from twn_kernels.errors import ImplUnavailable
 from twn_kernels.impl import cuda
 from twn_kernels.modules import DualLoRALinear
@@ -15,7 +21,7 @@ from twn_kernels.modules.routing import RouteState, UniformSpec
 from twn_kernels.modules.site_group import SiteGroup, layers_of
 from twn_kernels.ops import LoRA, Projection, RoutePlan, choice, choice_table, dual_lora_group, dual_lora_linear
 from twn_kernels.ops import group_schema as schema
-from twn_kernels.testing.tiny_models import tiny_model
+from twn_kernels.testing.tiny_models import tiny_inputs, tiny_model
 
 BF16 = torch.bfloat16
 SOURCE = "bench/results/nvidia-h200/20260101-abc.json"
@@ -206,3 +212,31 @@ def test_a_named_one_needs_no_table(table, monkeypatch):
     monkeypatch.setattr(cuda, "device_reason", lambda *at, may_build: "it is not there.")
     with pytest.raises(ImplUnavailable, match='^impl="cuda" was asked for, but it is not there. Or use impl="auto"'):
         choice.resolve("cuda", GPU, BF16, **AT)
+
+
+@torch.no_grad()
+def test_a_patched_model_runs_on_it_block_by_block(monkeypatch):
+    stand_in, logits, inputs = cuda_stand_in.install(monkeypatch), {}, tiny_inputs("qwen3_vl")
+    for impl in ("reference", "cuda"):
+        torch.manual_seed(0)
+        model = tiny_model("qwen3_vl").to(BF16).eval()
+        patch(model, rank=8, impl=impl)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+        with route(model, ["reasoning", "embedding"][: inputs["input_ids"].shape[0]]):
+            logits[impl] = model(**inputs).logits
+    assert torch.equal(*logits.values())
+    tokens = inputs["input_ids"].numel()
+    sites = [name for name, rows in stand_in.taken if rows == tokens and name != "front"]
+    assert len(sites) == 4 * model.config.text_config.num_hidden_layers
+
+
+def test_rows_of_the_table_are_derived_from_its_results():
+    case = Case("group", "decode", "8B", 8, "half", site="qkv")
+    larger = replace(case, tokens=32)
+    rows = [*contest(case, ours_blas=20.0, ours_triton=15.0, ours_cuda=9.0, fused_base_cuda=8.0)]
+    rows += contest(larger, ours_blas=20.0, ours_cuda=10.0)
+    found = choose([Source(run(rows), SOURCE)])
+    assert [(row.impl, row.min_tokens, row.max_tokens) for row in found.rows] == [("cuda", 8, 32)]
+    assert found.rows[0].measured[case.id] == {"blas": 20.0, "triton": 15.0, "cuda": 9.0}
