@@ -341,8 +341,8 @@ struct Program {
     }
   }
 
-  // A whole stage of products at once; of fewer one at a time, which the other warpgroup fills: the compiler must see that
-  // none is in flight where a loop may end.
+  // A whole stage of products at once; of fewer one at a time, which the other warpgroup fills: the compiler must see
+  // that none is in flight where a loop may end.
   template <int N, int Registers>
   TWN_BLOCK void multiply_steps(Accumulator<Registers>& acc, int steps, uint64_t a, uint64_t b) {
     constexpr int kSteps = kBlockK / kStepK;

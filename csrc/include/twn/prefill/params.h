@@ -103,7 +103,8 @@ inline int list_copies(const Group& group, const Plan& plan, void* workspace,
   return count;
 }
 
-// Element `index` of rows * rank. What the copy's rows have beyond stays as it is: no box reads more than `rank` columns.
+// Element `index` of rows * rank. What the copy's rows have beyond stays as it is: no box reads more than `rank`
+// columns.
 TWN_HD void copy_element(const Copy& copy, int64_t index) {
   const int64_t row = index / copy.rank, column = index - row * copy.rank;
   copy.target[row * copy.pitch + column] = copy.source[row * copy.source_pitch + column];
