@@ -71,6 +71,7 @@ def dispatch(problem: Problem) -> Dispatch:
     return Dispatch(DECODE, DECODE_ROWS, slices, f"{tokens} rows in slices of {DECODE_ROWS}: {has}")
 
 
+@functools.lru_cache(maxsize=64)
 def covers(archs: str, capability: tuple[int, int]) -> bool:
     """Whether a build for ``archs`` has code that a GPU of ``capability`` runs."""
     for name in re.split(r"[;,\s]+", archs.strip()):
