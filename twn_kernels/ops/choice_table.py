@@ -31,8 +31,8 @@ Rules that need the result file (a test of the repository holds the shipped tabl
 
 So a run of measured counts 16, 64, 256 that one implementation wins, followed by 1024 that another wins, gives the
 range 16 to 1023. Between rows, below the first and above the last nothing is known and ``auto`` takes ``blas``.
-The choice is made by the forward pass; the backward pass of a call follows it. So a row of ``cuda``, which has no backward
-pass, does not serve a call that needs one, nor one whose tensors it cannot read: those go to ``blas`` too.
+The choice is made by the forward pass; the backward pass of a call follows it. So a row of ``cuda``, which has no
+backward pass, does not serve a call that needs one, nor one whose tensors it cannot read: those go to ``blas`` too.
 """
 
 from __future__ import annotations
