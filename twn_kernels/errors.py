@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "CheckpointError",
+    "DataError",
     "DeviceError",
     "DtypeError",
     "ImplUnavailable",
@@ -67,8 +68,12 @@ class InputError(TWNError, ValueError):
     """Something given to embed cannot be embedded."""
 
 
+class DataError(TWNError, ValueError):
+    """A data set on disk is missing, damaged or contradicts itself."""
+
+
 class ResultError(TWNError, ValueError):
-    """A benchmark result on disk is missing, damaged or of another schema."""
+    """A benchmark's or an evaluation's result on disk is missing, damaged or of another schema."""
 
 
 class TableError(TWNError, ValueError):
