@@ -120,9 +120,10 @@ class Judge:
         never, always = self.never[self.metric], self.always[self.metric]
         best = gating.oracle(never, always)
         roof = {name: np.where(best, self.always[name], self.never[name]) for name in self.never}
-        floor = gating.random_gate(
-            never, always, auto[self.metric], int(query_thinks.sum()), seed=self.seed, draws=_DRAWS
-        )
+        # The same documents for both: only which queries think is left to chance.
+        ends = [self.quality(self._all(thinks)[0], document_thinks)[self.metric] for thinks in (False, True)]
+        thinking = int(query_thinks.sum())
+        floor = gating.random_gate(*ends, auto[self.metric], thinking, seed=self.seed, draws=_DRAWS)
         sweep = self._sweep()
         differences = {
             "auto_minus_never": self._interval(auto, self.never),

@@ -16,19 +16,8 @@ from twn_kernels.settings import ADAPTERS
 
 __all__ = ["parameters", "stamp", "version"]
 
-_LIBRARIES = (
-    *(
-        "twn_kernels",
-        "torch",
-        "transformers",
-        "peft",
-        "numpy",
-        "scipy",
-        "scikit-learn",
-        "pytrec_eval-terrier",
-        "pillow",
-    ),
-)
+_LIBRARIES = ("twn_kernels", "torch", "transformers", "peft", "numpy", "pillow")
+_LIBRARIES += ("scipy", "scikit-learn", "pytrec_eval-terrier")
 _SECONDS = 10
 
 
@@ -68,8 +57,8 @@ def parameters(embedder: Any) -> dict[str, int | float] | None:
     """What adapters, gate and queries add to the base.
 
     Returns:
-        counts ``base``, ``reasoning``, ``embedding``, ``gate``, ``queries``, ``added`` and ``added_percent``; None where
-        ``embedder`` is not one of this package.
+        counts ``base``, ``reasoning``, ``embedding``, ``gate``, ``queries``, ``added`` and ``added_percent``; None
+        where ``embedder`` is not one of this package.
     """
     model, checkpoint = getattr(embedder, "model", None), getattr(embedder, "checkpoint", None)
     if model is None or checkpoint is None:

@@ -63,12 +63,10 @@ def load_result(path: str | os.PathLike) -> dict[str, Any]:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultError(
-            f'result file "{path}" cannot be read: {error.strerror or error}. Name a JSON file that an evaluation wrote.'
+            f'result file "{path}" cannot be read: {error.strerror or error}. Name one that an evaluation wrote.'
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ResultError(
-            f'result file "{path}" is no JSON ({error}). Name a JSON file that an evaluation wrote.'
-        ) from None
+        raise ResultError(f'result file "{path}" is no JSON ({error}). Name one that an evaluation wrote.') from None
     return parse(document, str(path))
 
 
@@ -101,7 +99,8 @@ def _check_together(split: dict, where: str, metric: str) -> None:
     for name, values in columns.items():
         if len(values) != len(columns["id"]):
             raise ResultError(
-                f"{where}.per_query.{name} must have one entry for each of {len(columns['id'])} queries, got {len(values)}."
+                f"{where}.per_query.{name} must have one entry for each of {len(columns['id'])} queries, "
+                f"got {len(values)}."
             )
 
 

@@ -29,8 +29,8 @@ class EvaluationOptions:
 
     Attributes:
         splits: names; None: all that the folder has.
-        think: modes to judge, of ``"never"``, ``"always"``, ``"auto"``. Auto needs both passes, and gives what the other
-            two give besides.
+        think: modes to judge, of ``"never"``, ``"always"``, ``"auto"``. Auto needs both passes, so it costs as
+            much as always and never together.
         threshold: of auto; None: the checkpoint's.
         think_documents: documents think as queries do; otherwise they are always embedded plainly.
         k: cutoff of nDCG, recall and MRR.
