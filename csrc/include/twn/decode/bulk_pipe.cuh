@@ -1,4 +1,6 @@
-// Weights and z into shared memory on sm_90: one bulk copy a row, issued by one warp, counted in by a barrier a stage.
+// Weights and z into shared memory on sm_90: one bulk copy a row, counted in by a barrier a stage.
+//
+// All warps issue, each a few rows (copied_row): the lanes of one warp issue their copies one after the other.
 #pragma once
 
 #include "twn/decode/device.cuh"
@@ -30,7 +32,6 @@ class BulkPipe {
   TWN_DEVICE static void fence_before_publish() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
   TWN_DEVICE void load_weights_ahead(UnitRange range) {
-    if (threadIdx.x >= 32) return;
     UnitCursor unit(plan_, range);
     for (int stage = 0; stage < stages_ && unit.left > 0; ++stage) {
       copy_weights(stage, unit);
@@ -40,9 +41,9 @@ class BulkPipe {
 
   template <typename T>
   TWN_DEVICE void load_inputs_ahead(const T* z, int64_t pitch) {
-    if (threadIdx.x < 32) asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");
     for (int stage = 0; stage < stages_ && next_.left > 0; ++stage) {
-      if (threadIdx.x < 32) copy_inputs(stage, next_, z, pitch);
+      copy_inputs(stage, next_, z, pitch);
       next_.advance(plan_);
     }
   }
@@ -66,10 +67,8 @@ class BulkPipe {
   template <typename T>
   TWN_DEVICE void refill(const T* z, int64_t pitch) {
     if (next_.left > 0) {
-      if (threadIdx.x < 32) {
-        copy_weights(stage_, next_);
-        copy_inputs(stage_, next_, z, pitch);
-      }
+      copy_weights(stage_, next_);
+      copy_inputs(stage_, next_, z, pitch);
       next_.advance(plan_);
     }
     if (++stage_ == stages_) {
@@ -85,7 +84,8 @@ class BulkPipe {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared_ + stage * Layout::kStageBytes + offset));
   }
 
-  // Says first how many bytes the stage waits for, those of z among them.
+  // One thread says how many bytes the stage waits for, those of z among them. Others may be early with theirs: the stage
+  // is not full before that thread has arrived.
   TWN_DEVICE void copy_weights(int stage, const UnitCursor& unit) const {
     const TilePlace tile = plan_.place_of(unit.tile);
     const int bytes = 2 * plan_.features_in(unit.step);
@@ -93,28 +93,27 @@ class BulkPipe {
       const uint32_t expected = static_cast<uint32_t>((plan_.rows_in(tile) + plan_.group.tokens) * bytes);
       asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier(stage)), "r"(expected) : "memory");
     }
-    __syncwarp();
-    for (int row = threadIdx.x; row < Layout::kRows; row += 32) {
-      const TilePlace place = plan_.row_of(tile, row);
-      const Projection& projection = plan_.group.projections[place.projection];
-      if (place.first_row >= projection.out_features) continue;
-      const uint16_t* source = static_cast<const uint16_t*>(projection.weight) + place.first_row * projection.pitch;
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-              target(stage, Layout::weight_offset(row, 0))),
-          "l"(source + unit.step * Layout::kFeatures), "r"(bytes), "r"(barrier(stage)), "l"(read_once_)
-          : "memory");
-    }
+    const int row = copied_row(threadIdx.x);
+    if (row >= Layout::kRows) return;
+    const TilePlace place = plan_.row_of(tile, row);
+    const Projection& projection = plan_.group.projections[place.projection];
+    if (place.first_row >= projection.out_features) return;
+    const uint16_t* source = static_cast<const uint16_t*>(projection.weight) + place.first_row * projection.pitch;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            target(stage, Layout::weight_offset(row, 0))),
+        "l"(source + unit.step * Layout::kFeatures), "r"(bytes), "r"(barrier(stage)), "l"(read_once_)
+        : "memory");
   }
 
   template <typename T>
   TWN_DEVICE void copy_inputs(int stage, const UnitCursor& unit, const T* z, int64_t pitch) const {
-    for (int token = threadIdx.x; token < plan_.group.tokens; token += 32) {
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                       target(stage, Layout::input_offset(token, 0))),
-                   "l"(z + token * pitch + unit.step * Layout::kFeatures), "r"(2 * plan_.features_in(unit.step)), "r"(barrier(stage))
-                   : "memory");
-    }
+    const int token = copied_row(threadIdx.x);
+    if (token >= plan_.group.tokens) return;
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     target(stage, Layout::input_offset(token, 0))),
+                 "l"(z + token * pitch + unit.step * Layout::kFeatures), "r"(2 * plan_.features_in(unit.step)), "r"(barrier(stage))
+                 : "memory");
   }
 
   const DecodePlan& plan_;

@@ -16,6 +16,9 @@ constexpr int kWarps = kDecodeThreads / 32;
 constexpr int kRowGroups = 4;                   // warps side by side in the rows of a tile
 constexpr int kChunkGroups = kWarps / kRowGroups;  // warps that share rows and take turns in the chunks of a unit
 
+// The row of a stage that a thread copies as a whole, where one is: neighbours lie with different warps.
+TWN_HD int copied_row(int thread) { return thread % 32 * kWarps + thread / 32; }
+
 // Of one form of the kernel, at compile time.
 template <int Tokens, int Rows, int Features>
 struct DecodeLayout {
@@ -32,6 +35,7 @@ struct DecodeLayout {
   static constexpr int kBarrierBytes = 128;                // one of 8 bytes a stage
 
   static_assert(Tokens % 8 == 0 && kWarpRows % 16 == 0 && Features % (kChunkFeatures * kChunkGroups) == 0, "tile");
+  static_assert(Rows <= kDecodeThreads && Tokens <= kDecodeThreads, "a thread copies one row at most");
   static_assert(kPitch % 128 == 64, "rows of a phase must begin 64 bytes apart on the banks");
   static_assert(kScratchBytes >= 4 * kRowTiles * kTokenTiles * 32 * kRowGroups * 4, "sums of the other chunk group");
   static_assert(kScratchBytes >= 4 * kRankTile * Tokens * 4, "sums of four warps of a shrink task");

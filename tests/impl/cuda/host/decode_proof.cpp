@@ -144,6 +144,18 @@ void check_phases(const char* what, Offset&& offset) {
   }
 }
 
+// Each row is one thread's, and no warp has more than its share.
+void check_copies(int rows) {
+  std::vector<int> owners(rows, 0), shares(kWarps, 0);
+  for (int thread = 0; thread < kDecodeThreads; ++thread) {
+    if (copied_row(thread) >= rows) continue;
+    ++owners.at(copied_row(thread));
+    ++shares[thread / 32];
+  }
+  CHECK_THAT(std::all_of(owners.begin(), owners.end(), [](int n) { return n == 1; }), "a row of %d", rows);
+  CHECK_THAT(*std::max_element(shares.begin(), shares.end()) == ceil_div(rows, kWarps), "shares of %d rows", rows);
+}
+
 template <typename Layout>
 void check_layout(int smallest_shared_bytes) {
   for (int row = 0; row < Layout::kRows; row += 8) {
@@ -181,6 +193,8 @@ void check_layout(int smallest_shared_bytes) {
   }
   CHECK_THAT(4 * (Layout::out_index(Layout::kTokens - 1, Layout::kRows - 1) + 1) <= Layout::kScratchBytes, "output tile");
   CHECK_THAT(4 * (shrink_index<Layout::kTokens>(kWarps / 2 - 1, kRankTile - 1, Layout::kTokens - 1) + 1) <= Layout::kScratchBytes, "shrink");
+  for (int tokens = 1; tokens <= Layout::kTokens; ++tokens) check_copies(tokens);
+  check_copies(Layout::kRows);
   const int stages = FormOf<Layout>::stages(smallest_shared_bytes);
   CHECK_THAT(stages >= 2 && Layout::shared_bytes(stages) <= smallest_shared_bytes, "%d stages", stages);
 }
