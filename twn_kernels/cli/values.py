@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from twn_kernels.errors import did_you_mean, quoted
 
-__all__ = ["DTYPES", "count", "fraction", "not_negative", "one_of"]
+__all__ = ["DTYPES", "count", "fraction", "not_negative", "one_of", "whole"]
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -31,6 +31,17 @@ def count(word: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be a whole number, 1 or more, got "{word}".')
+    return value
+
+
+def whole(word: str) -> int:
+    """A whole number, 0 or more."""
+    try:
+        value = int(word)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'must be a whole number, 0 or more, got "{word}".')
     return value
 
 
