@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "twn/words.h"
+
 namespace twn {
 
 struct DeviceLimits {
@@ -14,8 +16,8 @@ struct DeviceLimits {
 // Of a device; asked for once.
 const DeviceLimits& device_limits(int device);
 
-// The number of the capture that `stream` is in; 0 outside of captures.
-uint64_t capture_of(void* stream);
+// As Words::of.
+uint32_t* launch_words(int device, void* stream, Family family, int64_t count);
 
 // A word of pinned host memory a device, zero until a kernel gives up waiting; see Flags::wait. nullptr: no memory.
 uint32_t* report_word(int device);
