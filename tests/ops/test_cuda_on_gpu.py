@@ -130,6 +130,29 @@ def test_one_linear(tokens, device):
     one_linear(real("8b-o", tokens), device)
 
 
+def compiled_into_graphs(case: GroupCase, device) -> None:
+    """Recorded where memory that nobody returned is an error, and replayed between calls that are not."""
+    args, plan = bodies.drawn(case, device), case.plan(device)
+    how = {"mode": "reduce-overhead"} if torch.device(device).type == "cuda" else {"backend": "aot_eager"}
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return dual_lora_linear(x, *args["projections"][0], plan, impl="cuda") * 2
+
+    step = torch.compile(run, fullgraph=True, **how)
+    with torch.no_grad():
+        expected = run(args["x"])
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(step(args["x"]), expected)
+            assert torch.equal(run(args["x"]), expected)
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 40, 130])
+def test_calls_that_are_compiled_into_graphs(tokens, device):
+    compiled_into_graphs(real("8b-o", tokens), device)
+
+
 def step_of(features: int, inner: int, tokens: int, ranks=(16, 8)) -> list[GroupCase]:
     """o, gate_up and down of a layer, each of which reads what the one before wrote."""
     one, two = (ranks,), (ranks,) * 2
@@ -189,3 +212,4 @@ def test_the_bodies_run_on_tiny_shapes(device, no_sync, cut_from_nan):
     bodies.nan_stays("cuda", GroupCase(5, 72, (24, 1, 40), ((17, 5),) * 3, BF16), device)
     cut_inputs(TINY, device, cut_from_nan)
     one_linear(TINY, device)
+    compiled_into_graphs(TINY, device)
