@@ -28,7 +28,7 @@ const char* launch_gate(const Gate& gate, uint32_t* sync, uint32_t* report, int 
   const int64_t room = static_cast<int64_t>(kBlocksPerProcessor) * device_limits(device).processors;
   const int64_t blocks = smaller<int64_t>(gate.tasks, larger<int64_t>(room, 1));
   const WarpTile tile = warp_tile(gate.rows);
-  const auto kernel = tile.features == 1 ? gate_kernel<1, 1> : tile.features == 2 ? gate_kernel<2, 4> : gate_kernel<4, 4>;
+  const auto kernel = tile.features == 1 ? gate_kernel<1, 1> : tile.features == 2 ? gate_kernel<2, 4> : gate_kernel<3, 4>;
   return enqueue(kernel, blocks, kGateThreads, device, stream, gate, sync, report);
 }
 

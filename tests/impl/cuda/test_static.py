@@ -25,9 +25,6 @@ PROMISED = {
     "copy_kernelI5uint4": {"LDG", "STG"},
 }
 
-# Two words of the largest gate tile, written and read once a task and in no loop over features.
-SPILLS = {"sm_89 _ZN3twn5small11gate_kernelILi4ELi4EEEvNS0_4GateEPjS4_": 8}
-
 
 @pytest.fixture(scope="module")
 def reports():
@@ -38,8 +35,7 @@ def reports():
 
 
 def test_no_kernel_spills(reports):
-    spilling = {f"sm_{r.arch} {r.variant}": r.spill_bytes for r in reports if r.spill_bytes or r.local_accesses}
-    assert {name: size for name, size in spilling.items() if size > SPILLS.get(name, 0) or size == 0} == {}
+    assert [f"sm_{r.arch} {r.variant}" for r in reports if r.spill_bytes or r.local_accesses] == []
 
 
 def test_every_kernel_holds_the_instructions_that_it_is_made_for(reports):

@@ -76,7 +76,7 @@ struct WarpTile {
   int rows;
 };
 
-TWN_HD WarpTile warp_tile(int rows) { return rows == 1 ? WarpTile{1, 1} : rows <= 4 ? WarpTile{2, 4} : WarpTile{4, 4}; }
+TWN_HD WarpTile warp_tile(int rows) { return rows == 1 ? WarpTile{1, 1} : rows <= 4 ? WarpTile{2, 4} : WarpTile{3, 4}; }
 
 constexpr WarpTile kLastTile = {2, 1};  // of the logits: one warp has both of a row
 

@@ -140,7 +140,7 @@ struct GateStream {
         const WarpTile tile = warp_tile(gate.rows);
         if (tile.features == 1) gate_block<1, 1>(team, gate, flags, &report);
         if (tile.features == 2) gate_block<2, 4>(team, gate, flags, &report);
-        if (tile.features == 4) gate_block<4, 4>(team, gate, flags, &report);
+        if (tile.features == 3) gate_block<3, 4>(team, gate, flags, &report);
       });
     }
     for (auto& thread : threads) thread.join();
