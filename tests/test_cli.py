@@ -43,7 +43,7 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["inspct", "x"], "there is no command 'inspct'; commands: env, doctor, inspect, convert, embed, demo, bench."),
+        (["inspct", "x"], "no command 'inspct'; commands: env, doctor, inspect, convert, embed, demo, bench, eval."),
         (["inspct", "x"], 'Did you mean "inspect"?'),
         (["doctor", "--devise=cpu"], "doctor does not take '--devise=cpu'. Did you mean \"--device\"?"),
         (["env", "surplus"], "env does not take 'surplus'."),

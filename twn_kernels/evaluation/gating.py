@@ -137,7 +137,7 @@ def calibration(scores: np.ndarray, improved: np.ndarray) -> dict[str, Any]:
     ]
     return {
         "improved_rate": rate,
-        "brier": float(brier_score_loss(improved, scores, labels=[False, True])),
+        "brier": float(brier_score_loss(improved.astype(int), scores, pos_label=1)),
         "brier_of_rate": rate * (1 - rate),
         "auroc": float(roc_auc_score(improved, scores)) if 0 < rate < 1 else None,
         "reliability": bins,
