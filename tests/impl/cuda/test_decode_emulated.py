@@ -35,7 +35,7 @@ CASES = [
     GroupCase(64, 96, (72, 72), ((16, 16), (16, 16)), BF16, "alternating", front="norm", back="swiglu"),
     GroupCase(5, 96, (64,), ((8, 8),), BF16, "base", front="norm", back="residual"),
 ]
-each_arch = pytest.mark.parametrize("arch", [80, 90], ids=["sm80", "sm90"])
+each_arch = pytest.mark.parametrize("arch", [80, 90, 120], ids=["sm80", "sm90", "sm120"])
 
 
 def readable(cut):

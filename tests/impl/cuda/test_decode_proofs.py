@@ -15,7 +15,7 @@ pytestmark = needs_cxx
 
 
 def test_everything_is_covered_once_and_nothing_collides():
-    assert run(program("decode_proof")) == "6400 plans, 8 layouts\n"
+    assert run(program("decode_proof")) == "9600 plans, 8 layouts\n"
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 
 template <typename Forms>
 DecodeSizes decode_sizes(const Group& group, const DeviceLimits& limits) {
-  return with_form<Forms>(group.tokens, [&](auto form) {
+  return with_form<Forms>(group.tokens, limits.shared_bytes, [&](auto form) {
     const DecodePlan plan = decode_plan(group, form.shape(), limits.processors);
     return DecodeSizes{plan.bytes, plan.sync_words};
   });
@@ -51,11 +51,11 @@ template <typename Forms, template <typename> class PipeOf>
 const char* launch_decode(const Group& group, const DeviceLimits& limits, bool early, void* workspace, uint32_t* sync,
                           uint32_t* report, void* stream) {
   if (group.tokens < 1 || group.tokens > kDecodeMaxTokens) return "the decode kernel takes 1 to 64 rows";
-  return with_form<Forms>(group.tokens, [&](auto form) -> const char* {
+  return with_form<Forms>(group.tokens, limits.shared_bytes, [&](auto form) -> const char* {
     using Layout = typename decltype(form)::Type;
     const DecodePlan plan = decode_plan(group, form.shape(), limits.processors);
     const int stages = form.stages(limits.shared_bytes);
-    if (stages < 2) return "a block of this GPU has too little shared memory for two stages of weights";
+    if (stages < kFewestStages) return "a block of this GPU has too little shared memory for two stages of weights";
     const auto run = group.dtype == Dtype::kFloat16 ? start<__half, Layout, PipeOf> : start<__nv_bfloat16, Layout, PipeOf>;
     return run(plan, stages, early, static_cast<char*>(workspace), sync, report, static_cast<cudaStream_t>(stream));
   });

@@ -8,8 +8,8 @@ using namespace twn_host;
 namespace {
 
 template <typename Number, typename Forms, bool Bulk>
-int run(const Group& group, int processors, int resident, int stages, uint32_t* sync, int sync_words) {
-  return with_form<Forms>(group.tokens, [&](auto form) {
+int run(const Group& group, int shared_bytes, int processors, int resident, int stages, uint32_t* sync, int sync_words) {
+  return with_form<Forms>(group.tokens, shared_bytes, [&](auto form) {
     using Layout = typename decltype(form)::Type;
     const DecodePlan plan = decode_plan(group, form.shape(), processors);
     if (plan.sync_words > sync_words) return 2;
@@ -27,13 +27,14 @@ int run(const Group& group, int processors, int resident, int stages, uint32_t* 
 
 extern "C" int group_bytes() { return sizeof(Group); }
 
-// 0: done; 1: a wait ran out; 2: too few words. `arch` is 80 or 90: whose forms.
+// 0: done; 1: a wait ran out; 2: too few words. `arch` is 80, 90 or 120: whose forms.
 extern "C" int emulate_decode(const Group* group, int arch, int processors, int resident, int stages, uint32_t* sync, int sync_words) {
   const bool half = group->dtype == Dtype::kFloat16;
+  const int shared_bytes = (arch == 90 ? 227 : 99) * 1024;
   if (arch >= 90) {
-    return half ? run<Float16, DecodeForms90, true>(*group, processors, resident, stages, sync, sync_words)
-                : run<BFloat16, DecodeForms90, true>(*group, processors, resident, stages, sync, sync_words);
+    return half ? run<Float16, DecodeForms90, true>(*group, shared_bytes, processors, resident, stages, sync, sync_words)
+                : run<BFloat16, DecodeForms90, true>(*group, shared_bytes, processors, resident, stages, sync, sync_words);
   }
-  return half ? run<Float16, DecodeForms80, false>(*group, processors, resident, stages, sync, sync_words)
-              : run<BFloat16, DecodeForms80, false>(*group, processors, resident, stages, sync, sync_words);
+  return half ? run<Float16, DecodeForms80, false>(*group, shared_bytes, processors, resident, stages, sync, sync_words)
+              : run<BFloat16, DecodeForms80, false>(*group, shared_bytes, processors, resident, stages, sync, sync_words);
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <random>
 #include <set>
+#include <string>
 #include <vector>
 
 #include "check.h"
@@ -157,7 +158,7 @@ void check_copies(int rows) {
 }
 
 template <typename Layout>
-void check_layout(int smallest_shared_bytes) {
+void check_layout(int shared_bytes) {
   for (int row = 0; row < Layout::kRows; row += 8) {
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
       check_phases("weights", [&](int lane) {
@@ -195,8 +196,8 @@ void check_layout(int smallest_shared_bytes) {
   CHECK_THAT(4 * (shrink_index<Layout::kTokens>(kWarps / 2 - 1, kRankTile - 1, Layout::kTokens - 1) + 1) <= Layout::kScratchBytes, "shrink");
   for (int tokens = 1; tokens <= Layout::kTokens; ++tokens) check_copies(tokens);
   check_copies(Layout::kRows);
-  const int stages = FormOf<Layout>::stages(smallest_shared_bytes);
-  CHECK_THAT(stages >= 2 && Layout::shared_bytes(stages) <= smallest_shared_bytes, "%d stages", stages);
+  const int stages = FormOf<Layout>::stages(shared_bytes);
+  CHECK_THAT(stages >= kFewestStages && Layout::shared_bytes(stages) <= shared_bytes, "%d stages", stages);
 }
 
 // Each element of a 16 x 8 product is one lane's, and the operands' order of features is one and the same permutation.
@@ -236,6 +237,9 @@ void check_fragments() {
 
 }  // namespace
 
+// What a block may have: the least of any card from sm_80 on (8.6, 8.9, 12.0), and that of sm_90.
+constexpr int kSmallest = 99 * 1024, kHopper = 227 * 1024;
+
 int main() {
   std::mt19937 random(7);
   int plans = 0;
@@ -252,19 +256,23 @@ int main() {
         check_memory(plan);
         ++plans;
       };
-      with_form<DecodeForms80>(tokens, check);
-      with_form<DecodeForms90>(tokens, check);
+      with_form<DecodeForms80>(tokens, kSmallest, check);
+      with_form<DecodeForms90>(tokens, kHopper, check);
+      with_form<DecodeForms90>(tokens, kSmallest, check);
     }
   }
-  constexpr int k80 = 99 * 1024, k90 = 227 * 1024;  // a block's of sm_86, the least from sm_80 on; of sm_90
-  check_layout<DecodeForms80::Tokens8>(k80);
-  check_layout<DecodeForms80::Tokens16>(k80);
-  check_layout<DecodeForms80::Tokens32>(k80);
-  check_layout<DecodeForms80::Tokens64>(k80);
-  check_layout<DecodeForms90::Tokens8>(k90);
-  check_layout<DecodeForms90::Tokens16>(k90);
-  check_layout<DecodeForms90::Tokens32>(k90);
-  check_layout<DecodeForms90::Tokens64>(k90);
+  std::set<std::string> layouts;
+  for (const int tokens : {8, 16, 32, 64}) {
+    for (const int bytes : {kSmallest, kHopper}) {
+      const auto check = [&](auto form) {
+        using Layout = typename decltype(form)::Type;
+        check_layout<Layout>(bytes);
+        layouts.insert(std::to_string(Layout::kTokens) + " " + std::to_string(Layout::kRows) + " " + std::to_string(Layout::kFeatures));
+      };
+      with_form<DecodeForms80>(tokens, bytes, check);
+      with_form<DecodeForms90>(tokens, bytes, check);
+    }
+  }
   check_fragments();
-  std::printf("%d plans, 8 layouts\n", plans);
+  std::printf("%d plans, %zu layouts\n", plans, layouts.size());
 }

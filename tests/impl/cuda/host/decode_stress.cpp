@@ -9,7 +9,7 @@ using namespace twn_host;
 
 namespace {
 
-using Layout = DecodeForms80::Tokens16;
+using Layout = DecodeLayout<16, 64, 128>;  // of DecodeForms80
 
 // Takes its time where others wait for it, so that one who does not wait is early.
 class SlowHost : public DecodeHost<BFloat16, Layout, false> {
