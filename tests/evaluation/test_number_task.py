@@ -1,0 +1,232 @@
+"""The number task: right answers, the same bytes for a seed, and nothing of a test split in training."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from twn_kernels.errors import DataError, OptionError
+from twn_kernels.evaluation import number_task, read_split, split_names
+from twn_kernels.evaluation import number_words as words
+from twn_kernels.evaluation.number_task import SPLITS, UNSEEN_COMPOSITIONS, held_out_pairs, make_number_task
+from twn_kernels.evaluation.number_words import Step
+
+OUT = [name for name in SPLITS if name != "train"]
+
+
+@pytest.fixture(scope="module")
+def splits(numbers):
+    return {name: read_split(numbers, name) for name in SPLITS}
+
+
+def steps_of(entry) -> list[Step]:
+    pairs = zip(entry.metadata["operations"], entry.metadata["operands"], strict=True)
+    return [Step(operation, *operands) for operation, operands in pairs]
+
+
+def value_of(number: str) -> int:
+    """Read a number in words without the code that writes them."""
+    small = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    small += "seventeen eighteen nineteen"
+    if number in small.split():
+        return small.split().index(number)
+    tens, _, ones = number.partition("-")
+    tens = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"].index(tens)
+    return 10 * (tens + 2) + (value_of(ones) if ones else 0)
+
+
+_N = r"([a-z-]+)"
+READINGS = {
+    rf"^{_N} (?:times|multiplied by) {_N}$": lambda a, b: a * b,
+    rf"^the product of {_N} and {_N}$": lambda a, b: a * b,
+    rf"^{_N} plus {_N}$": lambda a, b: a + b,
+    rf"^{_N} more than {_N}$": lambda a, b: a + b,
+    rf"^the sum of {_N} and {_N}$": lambda a, b: a + b,
+    rf"^{_N} minus {_N}$": lambda a, b: a - b,
+    rf"^{_N} less than {_N}$": lambda a, b: b - a,
+    rf"^{_N} with {_N} taken away$": lambda a, b: a - b,
+    rf"^(?:half of|one of two equal parts of) {_N}$": lambda a: a // 2,
+    rf"^{_N} divided by two$": lambda a: a // 2,
+    rf"^(?:double|twice) {_N}$": lambda a: 2 * a,
+    rf"^{_N} and as much again$": lambda a: 2 * a,
+}
+NEXT = {"times": lambda a, b: a * b, "plus": lambda a, b: a + b, "minus": lambda a, b: a - b}
+
+
+def answered(text: str) -> int:
+    """Work a query in words out, reading its words afresh."""
+    first, *rest = text.split(", then ")
+    (reading,) = [(match, of) for pattern, of in READINGS.items() if (match := re.match(pattern, first))]
+    value = reading[1](*(value_of(word) for word in reading[0].groups()))
+    for part in rest:
+        if part in ("halved", "doubled"):
+            value = value // 2 if part == "halved" else 2 * value
+        else:
+            operation, number = part.split()
+            value = NEXT[operation](value, value_of(number))
+    return value
+
+
+def test_every_query_in_words_asks_for_its_number(splits):
+    checked = 0
+    for split in splits.values():
+        for entry in split.queries:
+            if entry.metadata["class"] == "thoughtful" and entry.metadata["modality"] == "text":
+                assert answered(entry.text) == entry.metadata["number"], entry.text
+                checked += 1
+    assert checked > 40
+
+
+def test_every_thought_works_out_the_number_that_the_positives_show(splits):
+    for split in splits.values():
+        shown = {entry.id: entry.metadata["number"] for entry in split.documents}
+        for entry in split.queries:
+            number, value = entry.metadata["number"], None
+            for step in steps_of(entry):
+                assert value is None or step.before == value
+                value = words.applied(step)
+                assert f"{value}." in entry.metadata["thought"]
+            assert value is None or value == number
+            assert int(re.findall(r"\d+", entry.metadata["thought"])[-1]) == number
+            assert {document for document, found in shown.items() if found == number} == set(split.qrels[entry.id])
+
+
+def test_images_show_their_numbers_and_queries_the_first_operand(splits):
+    from sklearn.datasets import load_digits
+
+    target = load_digits().target
+    for split in splits.values():
+        for entry in split.documents:
+            assert "".join(str(target[place]) for place in entry.metadata["samples"]) == str(entry.metadata["number"])
+        for entry in split.queries:
+            steps = steps_of(entry)
+            first = steps[0].before if steps else entry.metadata["number"]
+            if entry.metadata["modality"] != "text":
+                assert "".join(str(target[place]) for place in entry.metadata["samples"]) == str(first)
+            assert (entry.image is None) == (entry.metadata["modality"] == "text")
+            assert (not entry.text) == (entry.metadata["modality"] == "image")
+
+
+def test_both_classes_and_all_modalities_are_there(splits):
+    for name, split in splits.items():
+        kinds = collections.Counter(entry.metadata["class"] for entry in split.queries)
+        assert kinds["simple"] == kinds["thoughtful"] == len(split.queries) // 2, name
+        simple = {entry.metadata["modality"] for entry in split.queries if entry.metadata["class"] == "simple"}
+        hard = {entry.metadata["modality"] for entry in split.queries if entry.metadata["class"] == "thoughtful"}
+        assert simple == {"text", "image", "both"} and hard == {"text", "both"}, name
+
+
+def samples_of(entries) -> set[int]:
+    return {place for entry in entries for place in entry.metadata["samples"]}
+
+
+def bytes_of(entries) -> set[str]:
+    return {hashlib.sha256(Path(entry.image).read_bytes()).hexdigest() for entry in entries if entry.image}
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_no_split_shares_a_digit_an_image_or_a_worded_query_with_training(splits, name):
+    train, other = splits["train"], splits[name]
+    trained = [*train.queries, *train.documents]
+    tested = [*other.queries, *other.documents]
+    assert not samples_of(trained) & samples_of(tested)
+    assert not bytes_of(trained) & bytes_of(tested)
+    alone = [
+        {entry.text for entry in split.queries if entry.metadata["modality"] == "text"} for split in (train, other)
+    ]
+    assert alone[0] and alone[1] and not alone[0] & alone[1]
+
+
+@pytest.mark.parametrize("name", list(SPLITS))
+def test_a_query_is_in_another_hand_than_every_document(splits, name):
+    assert not samples_of(splits[name].queries) & samples_of(splits[name].documents)
+
+
+@pytest.mark.parametrize("name", ["test", "ood_images"])
+def test_unseen_phrasing_is_in_no_training_query(name):
+    """All phrasings, not those of one draw: every wording of a step that ``name`` may use is none of training's."""
+    assert SPLITS[name].unseen_words and not SPLITS["train"].unseen_words
+    for by_image in (False, True):
+        for step in (Step("times", 6, 7), Step("plus", 6, 7), Step("minus", 9, 7), Step("half", 8), Step("double", 8)):
+            seen, unseen = (set(words.phrases([step], by_image=by_image, unseen=flag)) for flag in (False, True))
+            assert seen and unseen and not seen & unseen
+    assert not set(words.spoken(7, unseen=False)) & set(words.spoken(7, unseen=True))
+    assert not set(words.phrases([], by_image=True, unseen=False)) & set(words.phrases([], by_image=True, unseen=True))
+
+
+def test_each_split_holds_out_what_it_says(splits):
+    held = held_out_pairs(0)
+    for name, split in splits.items():
+        chains = [steps_of(entry) for entry in split.queries if entry.metadata["class"] == "thoughtful"]
+        for steps in chains:
+            assert all((step.key in held) == (name == "ood_pairs") for step in steps), name
+            names = [step.operation for step in steps]
+            unseen = set(zip(names, names[1:], strict=False)) & UNSEEN_COMPOSITIONS
+            assert bool(unseen) == (name == "ood_compositions"), name
+        lengths = {"train": {1, 2}, "test": {1, 2}, "ood_images": {1, 2}, "ood_pairs": {1}, "ood_compositions": {2}}
+        assert {len(steps) for steps in chains} == lengths.get(name, {3, 4}), name
+
+
+def test_held_out_pairs_are_a_share_of_every_operation_and_follow_the_seed():
+    assert Step("times", 6, 7).key == Step("times", 7, 6).key and Step("minus", 9, 7).key != Step("minus", 7, 9).key
+    held = held_out_pairs(0)
+    for operation in words.OPERATIONS:
+        every = {step.key for step in number_task._steps(operation)}
+        assert 0.1 < len({key for key in held if key[0] == operation}) / len(every) < 0.3, operation
+    assert held != held_out_pairs(1)
+
+
+def test_degraded_images_differ_and_others_are_dark_on_light(splits):
+    import numpy as np
+    from PIL import Image
+
+    def border(split: str) -> float:
+        pictures = [np.asarray(Image.open(entry.image).convert("L")) for entry in splits[split].documents[:20]]
+        return float(np.mean([np.concatenate([p[0], p[-1], p[:, 0], p[:, -1]]).mean() for p in pictures]))
+
+    assert border("test") > 254 > 252 > border("ood_images")
+
+
+def digest(folder: Path) -> str:
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        whole.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return whole.hexdigest()
+
+
+def test_a_seed_gives_the_same_bytes(tmp_path):
+    small = {"queries": 2, "train_queries": 4, "copies": 1}
+    folders = [make_number_task(tmp_path / str(run), seed=seed, **small) for run, seed in enumerate((3, 3, 4))]
+    first, again, other = map(digest, folders)
+    assert first == again != other
+
+
+def test_the_folder_is_described_and_whole(numbers):
+    assert split_names(numbers) == sorted(SPLITS)
+    described = (numbers / "README.md").read_text()
+    for name, plan in SPLITS.items():
+        count = 60 if name == "train" else 24
+        assert f"| `{name}` | {count} | {plan.says} |" in described
+    line = json.loads((numbers / "queries.jsonl").read_text().splitlines()[0])
+    assert all(f"`{field}`" in described for field in line["metadata"])
+
+
+def test_a_folder_that_is_taken_and_counts_that_are_none(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match="exists and is not an empty folder. Name another one."):
+        make_number_task(tmp_path)
+    with pytest.raises(OptionError, match="queries must be a whole number of at least 1, got 0."):
+        make_number_task(tmp_path / "new", queries=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_numbers_are_spelled():
+    assert [words.worded(number) for number in (0, 13, 20, 42, 99)] == [
+        "zero", "thirteen", "twenty", "forty-two", "ninety-nine",
+    ]  # fmt: skip
+    assert all(value_of(words.worded(number)) == number for number in range(100))
