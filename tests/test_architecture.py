@@ -39,7 +39,7 @@ MAY_IMPORT = {
 }
 EVERYONES = {"errors", "settings"}
 HEAVY = {"PIL", "huggingface_hub", "matplotlib", "numpy", "peft"}
-HEAVY |= {"sklearn", "torchvision", "tqdm", "transformers", "triton"}
+HEAVY |= {"pytrec_eval", "scipy", "sklearn", "torchvision", "tqdm", "transformers", "triton"}
 # Packages that are only reached when their kernels are asked for, and may import their library at the top.
 MAY_IMPORT_HEAVY = {"impl/triton"}
 TOP_LEVEL = {"csrc", "twn_kernels", "tests", "bench", ".ci", ".gitignore"}

@@ -95,6 +95,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         near = did_you_mean(unknown[0].split("=")[0], options)
         words = " ".join(filter(None, (arguments.command, getattr(arguments, "action", None))))
         arguments.parser.error(f"{words} does not take {unknown[0]!r}.{near}")
+    arguments.words = argv
     return arguments
 
 

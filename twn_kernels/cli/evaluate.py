@@ -150,7 +150,7 @@ def _evaluated(arguments: argparse.Namespace) -> dict:
         arguments.data,
         options,
         names={"model": arguments.model, "checkpoint": arguments.checkpoint},
-        command=shlex.join(["twn-kernels", *sys.argv[1:]]),
+        command=shlex.join(["twn-kernels", *arguments.words]),
         say=say,
         show_progress_bar=not arguments.quiet,
     )
