@@ -103,25 +103,11 @@ class DecodeDevice {
 
   TWN_DEVICE void shrink(ShrinkTask task, RankTile tile) {
     const Adapter& adapter = plan_.group.projections[tile.projection].adapters[tile.adapter];
-    const T* a = static_cast<const T*>(adapter.a);
-    const bool words = aligned(a, adapter.a_pitch);
     float sums[Layout::kTokenTiles][4] = {};
-    // as many loads in flight as registers allow: a warp has a handful of chunks
-#pragma unroll (Layout::kTokenTiles <= 2 ? 4 : 2)
-    for (int chunk = task.chunk_begin + warp(); chunk < task.chunk_end; chunk += kWarps) {
-      const int feature = chunk * kChunkFeatures + fragment_feature(lane());
-      const int left = plan_.group.in_features - feature;
-      uint4 rows[2];
-      for (int half = 0; half < 2; ++half) {
-        const int rank = tile.first_rank + half * 8 + fragment_row(lane());
-        rows[half] = rank < adapter.rank ? load_vector(a + rank * adapter.a_pitch + feature, left, words) : zeros();
-      }
-#pragma unroll
-      for (int tt = 0; tt < Layout::kTokenTiles; ++tt) {
-        const int token = tt * 8 + fragment_row(lane());
-        const bool in = token < plan_.group.tokens && left > 0;
-        multiply_chunk(sums[tt], rows, in ? __ldcg(reinterpret_cast<const uint4*>(z_ + token * z_pitch_ + feature)) : zeros());
-      }
+    if (aligned(adapter.a, adapter.a_pitch)) {
+      add_shrink<true>(sums, adapter, task, tile.first_rank);
+    } else {
+      add_shrink<false>(sums, adapter, task, tile.first_rank);
     }
     // the upper four warps hand their sums to the lower four, whose sums are read together
     if (warp() >= kWarps / 2) write_shrink(sums, warp() - kWarps / 2);
@@ -252,14 +238,17 @@ class DecodeDevice {
       const T* s = reinterpret_cast<const T*>(workspace_ + plan_.s_offset) +
                    plan_.rank_tile_begin(first.projection, number) * kRankTile;
       const int out = first.first_row + fragment_row(lane());
+      float terms[Layout::kTokenTiles][4] = {};
+      if (aligned(adapter.b, adapter.b_pitch) && adapter.rank % kVectorFeatures == 0) {
+        add_terms<true>(terms, number, adapter, s, out, projection.out_features);
+      } else {
+        add_terms<false>(terms, number, adapter, s, out, projection.out_features);
+      }
 #pragma unroll
       for (int tt = 0; tt < Layout::kTokenTiles; ++tt) {
-        if ((users(number) >> (tt * 8) & 0xff) == 0) continue;
-        float term[4] = {};
-        add_term(term, adapter, s, out, projection.out_features, tt * 8 + fragment_row(lane()));
         for (int i = 0; i < 4; ++i) {
           // a select, not a product with 0: a NaN of B must stay with the rows that use it
-          if (users(number) >> (tt * 8 + accumulator_token(lane(), i)) & 1) acc_[rt][tt][i] += term[i];
+          if (users(number) >> (tt * 8 + accumulator_token(lane(), i)) & 1) acc_[rt][tt][i] += terms[tt][i];
         }
       }
     }
@@ -324,18 +313,28 @@ class DecodeDevice {
     multiply<T>(sum, rows[0].z, rows[1].z, rows[0].w, rows[1].w, z.z, z.w);
   }
 
-  // Eight elements of a row of which `left` lie in it; the others are 0. `words`: the row begins at 16 bytes.
-  TWN_DEVICE static uint4 load_vector(const T* source, int left, bool words) {
-    if (left <= 0) return zeros();
-    if (words && left >= kVectorFeatures) return __ldg(reinterpret_cast<const uint4*>(source));
-    uint4 found = zeros();
-    uint16_t* elements = reinterpret_cast<uint16_t*>(&found);
+  // Chunks whose loads are under way at once: as many as registers allow.
+  static constexpr int kChunksAhead = Layout::kTokenTiles <= 2 ? 4 : Layout::kTokenTiles <= 4 ? 2 : 1;
+
+  // Eight elements of a row of which `left` lie in it; the others are 0, as all are where the row is not `in`. `Words`: they
+  // begin at 16 bytes, and all or none lie in the row, so that it takes no branch, which loads would wait for one by one.
+  template <bool Words>
+  TWN_DEVICE static uint4 load_vector(const T* source, bool in, int left) {
+    if constexpr (Words) {
+      return in && left > 0 ? __ldg(reinterpret_cast<const uint4*>(source)) : zeros();
+    } else {
+      uint4 found = zeros();
+      uint16_t* elements = reinterpret_cast<uint16_t*>(&found);
 #pragma unroll
-    for (int i = 0; i < kVectorFeatures; ++i) {
-      if (i < left) elements[i] = __ldg(reinterpret_cast<const uint16_t*>(source) + i);
+      for (int i = 0; i < kVectorFeatures; ++i) {
+        if (in && i < left) elements[i] = __ldg(reinterpret_cast<const uint16_t*>(source) + i);
+      }
+      return found;
     }
-    return found;
   }
+
+  // Of what other blocks wrote: from L2.
+  TWN_DEVICE static uint4 load_written(const T* source) { return __ldcg(reinterpret_cast<const uint4*>(source)); }
 
   template <typename Function>
   TWN_DEVICE void each_quad(Function&& function) {
@@ -378,20 +377,58 @@ class DecodeDevice {
     return sum;
   }
 
-  TWN_DEVICE void add_term(float (&term)[4], const Adapter& adapter, const T* s, int out, int outputs, int token) const {
-    const T* b = static_cast<const T*>(adapter.b);
-    const bool words = aligned(b, adapter.b_pitch);
-    for (int first = 0; first < adapter.rank; first += kChunkFeatures) {
-      const int rank = first + fragment_feature(lane());
-      uint4 rows[2];
-      for (int half = 0; half < 2; ++half) {
-        const int n = out + half * 8;
-        rows[half] = n < outputs ? load_vector(b + n * adapter.b_pitch + rank, adapter.rank - rank, words) : zeros();
+  // sums += left right^T over `count` chunks: left(half, i) has what the lane reads of chunk i in two rows of the left
+  // operand, right(token, i) in a row of the batch. All loads of kChunksAhead chunks stand before the first product.
+  template <typename Left, typename Right>
+  TWN_DEVICE static void add_chunks(float (&sums)[Layout::kTokenTiles][4], int count, const Left& left, const Right& right) {
+    for (int begin = 0; begin < count; begin += kChunksAhead) {
+      uint4 rows[kChunksAhead][2], columns[kChunksAhead][Layout::kTokenTiles];
+#pragma unroll
+      for (int ahead = 0; ahead < kChunksAhead; ++ahead) {
+        for (int half = 0; half < 2; ++half) rows[ahead][half] = left(half, begin + ahead);
+#pragma unroll
+        for (int tt = 0; tt < Layout::kTokenTiles; ++tt) columns[ahead][tt] = right(tt * 8 + fragment_row(lane()), begin + ahead);
       }
-      const bool in = token < plan_.group.tokens && rank < adapter.rank;
-      const T* source = s + static_cast<int64_t>(token) * plan_.s_pitch + rank;
-      multiply_chunk(term, rows, in ? __ldcg(reinterpret_cast<const uint4*>(source)) : zeros());
+#pragma unroll
+      for (int ahead = 0; ahead < kChunksAhead; ++ahead) {
+#pragma unroll
+        for (int tt = 0; tt < Layout::kTokenTiles; ++tt) multiply_chunk(sums[tt], rows[ahead], columns[ahead][tt]);
+      }
     }
+  }
+
+  // A warp's share of a shrink task: z A^T over every kWarps-th chunk.
+  template <bool Words>
+  TWN_DEVICE void add_shrink(float (&sums)[Layout::kTokenTiles][4], const Adapter& adapter, ShrinkTask task, int first_rank) {
+    const T* a = static_cast<const T*>(adapter.a);
+    const int first = task.chunk_begin + warp(), end = smaller(task.chunk_end * kChunkFeatures, plan_.group.in_features);
+    const auto feature_of = [&](int i) { return (first + i * kWarps) * kChunkFeatures + fragment_feature(lane()); };
+    const auto left = [&](int half, int i) {
+      const int rank = first_rank + half * 8 + fragment_row(lane()), feature = feature_of(i);
+      return load_vector<Words>(a + rank * adapter.a_pitch + feature, rank < adapter.rank, end - feature);
+    };
+    const auto right = [&](int token, int i) {
+      const int feature = feature_of(i);
+      return token < plan_.group.tokens && feature < end ? load_written(z_ + token * z_pitch_ + feature) : zeros();
+    };
+    add_chunks(sums, ceil_div(task.chunk_end - first, kWarps), left, right);
+  }
+
+  // What rows `out` and `out` + 8 of B give every row of the batch.
+  template <bool Words>
+  TWN_DEVICE void add_terms(float (&terms)[Layout::kTokenTiles][4], int number, const Adapter& adapter, const T* s, int out,
+                            int outputs) const {
+    const T* b = static_cast<const T*>(adapter.b);
+    const auto rank_of = [&](int i) { return i * kChunkFeatures + fragment_feature(lane()); };
+    const auto left = [&](int half, int i) {
+      const int n = out + half * 8, rank = rank_of(i);
+      return load_vector<Words>(b + n * adapter.b_pitch + rank, n < outputs, adapter.rank - rank);
+    };
+    const auto right = [&](int token, int i) {
+      const bool in = (users(number) >> token & 1) && rank_of(i) < adapter.rank;
+      return in ? load_written(s + static_cast<int64_t>(token) * plan_.s_pitch + rank_of(i)) : zeros();
+    };
+    add_chunks(terms, ceil_div(adapter.rank, kChunkFeatures), left, right);
   }
 
   TWN_DEVICE void store_vector(TilePlace place, int token, int row, int64_t column, int count) {
@@ -435,7 +472,7 @@ class DecodeDevice {
   // ---- fronts ----
 
   TWN_DEVICE static void widen(float (&wide)[kVectorFeatures], const T* source) {
-    const uint4 vector = __ldcg(reinterpret_cast<const uint4*>(source));
+    const uint4 vector = load_written(source);
     const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
