@@ -115,8 +115,9 @@ def test_families_without_a_row(model_class, config_class, options):
             for name in layer.lora_B:
                 layer.lora_B[name].normal_()
     assert torch.equal(model(**inputs)[0], expected)
+    rows = [[("reasoning", "embedding")[pattern >> row & 1] for row in range(3)] for pattern in range(1, 7)]
     outs = []
-    for spec in ("reasoning", "embedding", ["reasoning", "embedding", "reasoning"]):
+    for spec in ("reasoning", "embedding", *rows):
         with route(model, spec):
             outs.append(model(**inputs)[0])
     if model_class != "CLIPModel":
@@ -124,10 +125,13 @@ def test_families_without_a_row(model_class, config_class, options):
         model.config._experts_implementation = "eager"  # grouped products of experts have no fp64 form
         model.double()
         inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-        with route(model, ["reasoning", "embedding", "reasoning"]):
-            truth = model(**inputs)[0]
-        single = torch.stack([outs[0][0], outs[1][1], outs[0][2]])
-        assert_as_good_as_torch(outs[2], truth, single, "one route a row against one for all")
+        truths, singles = [], []
+        for spec in rows:
+            with route(model, spec):
+                truths.append(model(**inputs)[0])
+            singles.append(torch.stack([outs[name == "embedding"][row] for row, name in enumerate(spec)]))
+        mixed, truth, single = (torch.stack(parts) for parts in (outs[2:], truths, singles))
+        assert_as_good_as_torch(mixed, truth, single, "one route a row against one for all")
 
 
 def test_towers_and_experts():
