@@ -1,5 +1,6 @@
 // twn_cuda::decode_group: a site group of 1 to 64 rows in one launch.
 #include "twn/decode/launch.h"
+#include "twn/decode/plan.h"
 
 #include "common.h"
 #include "group_arguments.h"
@@ -38,7 +39,7 @@ Tensor decode_group(const Tensor& x, const std::optional<Tensor>& norm_weight, d
                     int64_t present, bool swiglu, const std::optional<Tensor>& residual) {
   const auto [group, y] = twn::marshal(kOp, {x, norm_weight, eps, gated, weights, biases, A_r, B_r, A_e, B_e, scaling_r, scaling_e,
                                              routes, present, swiglu, residual});
-  twn::require(group.tokens <= 64, kOp, ": x must have 1 to 64 rows, got ", group.tokens, ". Run it in slices.");
+  twn::require(group.tokens <= twn::kDecodeMaxTokens, kOp, ": x must have 1 to ", twn::kDecodeMaxTokens, " rows, got ", group.tokens, ". Run it in slices.");
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = twn::current_stream(device);

@@ -1,8 +1,6 @@
 // Python has checked the op's contract; what stands here again is what a kernel would read wild memory without.
 #include "group_arguments.h"
 
-#include <string>
-
 #include "common.h"
 
 namespace twn {
@@ -11,14 +9,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << "]";
-  return text.str();
-}
 
 class Reader {
  public:

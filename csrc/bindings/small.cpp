@@ -1,7 +1,6 @@
 // twn_cuda::gate_scores, pool_queries and front: one launch each.
 #include "twn/small/launch.h"
 
-#include <string>
 #include <tuple>
 
 #include "common.h"
@@ -18,14 +17,6 @@ using namespace twn::small;
 constexpr const char* kGate = "twn_cuda::gate_scores";
 constexpr const char* kPool = "twn_cuda::pool_queries";
 constexpr const char* kFront = "twn_cuda::front";
-
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << "]";
-  return text.str();
-}
 
 // Element counts stay far below 2^31, so that kernels may count tiles and columns in 32 bits.
 int to_int(const char* op, const char* name, int64_t value) {
@@ -60,7 +51,7 @@ void require_started(const char* op, const char* failure) {
 Pooled pooled(const char* op, const Tensor& states) {
   twn::require(states.is_cuda(), op, ": states must be on a CUDA device. Move them there with states.cuda(), or use another impl.");
   twn::require(states.dim() == 3 && states.size(1) > 0 && states.size(2) > 0, op,
-               ": states must be [rows, vectors, width] with one vector or more, got ", shape_of(states), ".");
+               ": states must be [rows, vectors, width] with one vector or more, got ", twn::shape_of(states), ".");
   Pooled in;
   in.states = states.data_ptr();
   in.number = number_of(op, "states", states);
@@ -95,7 +86,7 @@ Tensor pool_queries(const Tensor& states, int64_t pooling, bool normalize) {
 void read_step(GateStep& step, const Tensor& weight, const Tensor& bias, const Tensor& states, int width) {
   const bool is_linear = weight.dim() == 2;
   twn::require((is_linear || weight.dim() == 1) && weight.size(weight.dim() - 1) == width && weight.numel() > 0, kGate,
-               ": a weight must be [out_features, ", width, "] or [", width, "], got ", shape_of(weight), ".");
+               ": a weight must be [out_features, ", width, "] or [", width, "], got ", twn::shape_of(weight), ".");
   twn::require(width == 1 || weight.stride(weight.dim() - 1) == 1, kGate,
                ": a weight must have a contiguous last dimension. Call contiguous().");
   require_on_device(kGate, "a weight", weight, states);
@@ -110,7 +101,7 @@ void read_step(GateStep& step, const Tensor& weight, const Tensor& bias, const T
   step.is_aligned = rows_are_aligned(step);
   if (!has_bias) return;
   twn::require(bias.dim() == 1 && bias.size(0) == step.out && bias.is_contiguous(), kGate, ": a bias must be a contiguous [", step.out,
-               "], got ", shape_of(bias), ".");
+               "], got ", twn::shape_of(bias), ".");
   require_on_device(kGate, "a bias", bias, states);
   step.bias = bias.data_ptr();
   step.bias_number = number_of(kGate, "a bias", bias);
@@ -123,7 +114,7 @@ Gate read_gate(const Tensor& states, const std::optional<Tensor>& last, const Te
   gate.rows = to_int(kGate, "rows", states.size(0));
   if (last.has_value()) {
     twn::require(last->dim() == 2 && last->size(0) == gate.rows && last->size(1) > 0, kGate, ": last must be [", gate.rows,
-                 ", width], got ", shape_of(*last), ".");
+                 ", width], got ", twn::shape_of(*last), ".");
     require_on_device(kGate, "last", *last, states);
     Pooled& side = gate.inputs[1];
     side.states = last->data_ptr();
@@ -148,7 +139,7 @@ Gate read_gate(const Tensor& states, const std::optional<Tensor>& last, const Te
   const GateStep& head = gate.steps[count - 1];
   twn::require(head.kind == StepKind::kLinear && head.out <= 2 && !head.activated, kGate,
                ": the last step must be linear with 1 or 2 outputs and without an activation, got a weight of ",
-               shape_of(weights[count - 1]), ".");
+               twn::shape_of(weights[count - 1]), ".");
   return gate;
 }
 
@@ -178,9 +169,9 @@ std::tuple<Tensor, Tensor> gate_scores(const Tensor& states, const std::optional
 Tensor front(const Tensor& x, const std::optional<Tensor>& norm_weight, double eps, bool gated) {
   twn::require(x.is_cuda(), kFront, ": x must be on a CUDA device. Move it there with x.cuda(), or use another impl.");
   twn::require(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1), kFront,
-               ": x must be [tokens, features] with a contiguous last dimension, got ", shape_of(x), ".");
+               ": x must be [tokens, features] with a contiguous last dimension, got ", twn::shape_of(x), ".");
   twn::require(gated != norm_weight.has_value(), kFront, ": either norm_weight or gated must be given, and not both.");
-  twn::require(!gated || x.size(1) % 2 == 0, kFront, ": a gated x must hold gate and up side by side, got ", shape_of(x), ".");
+  twn::require(!gated || x.size(1) % 2 == 0, kFront, ": a gated x must hold gate and up side by side, got ", twn::shape_of(x), ".");
   FrontRows rows;
   rows.number = number_of(kFront, "x", x);
   twn::require(rows.number != Number::kFloat32, kFront, ": x must be float16 or bfloat16. Use another impl.");
@@ -191,7 +182,7 @@ Tensor front(const Tensor& x, const std::optional<Tensor>& norm_weight, double e
   if (norm_weight.has_value()) {
     const Tensor& weight = *norm_weight;
     twn::require(weight.dim() == 1 && weight.size(0) == rows.features && weight.is_contiguous(), kFront,
-                 ": norm_weight must be a contiguous [", rows.features, "] (features of x), got ", shape_of(weight), ".");
+                 ": norm_weight must be a contiguous [", rows.features, "] (features of x), got ", twn::shape_of(weight), ".");
     require_on_device(kFront, "norm_weight", weight, x);
     const Number number = number_of(kFront, "norm_weight", weight);
     rows.norm_is_wide = number == Number::kFloat32;
