@@ -33,6 +33,9 @@ def group(
     See ``impl.reference`` for the contract. ``routes`` may be None: every row uses what is in ``present``. Up to 64
     rows are one launch; ``dispatch`` says what more rows are.
 
+    Base weights are frozen: a launch of up to 64 rows on compute capability 9.0 or later begins to read them while the
+    kernel in front of it ends. Where that kernel is the one that writes a weight, call ``torch.cuda.synchronize`` first.
+
     Raises:
         ImplUnavailable, DtypeError, ShapeError: the kernels cannot serve these tensors; the message says what can.
     """

@@ -15,7 +15,8 @@ struct DecodeSizes {
 DecodeSizes decode_sizes_sm80(const Group& group, const DeviceLimits& limits);
 DecodeSizes decode_sizes_sm90(const Group& group, const DeviceLimits& limits);
 
-// Enqueues the kernel on `stream`. Returns nullptr, or what kept it from starting.
+// Enqueues the kernel on `stream`. Returns nullptr, or what kept it from starting. From sm_90 on it reads base weights before
+// the kernel in front of it has ended, and may miss what that one writes to them.
 const char* launch_decode_sm80(const Group& group, const DeviceLimits& limits, void* workspace, uint32_t* sync,
                                uint32_t* report, void* stream);
 const char* launch_decode_sm90(const Group& group, const DeviceLimits& limits, void* workspace, uint32_t* sync,
