@@ -79,7 +79,7 @@ Tensor pool_queries(const Tensor& states, int64_t pooling, bool normalize) {
   Tensor out = torch::stable::new_empty(states, {states.size(0), states.size(2)}, ScalarType::Float);
   if (pool.rows == 0) return out;
   pool.out = static_cast<float*>(out.data_ptr());
-  require_started(kPool, launch_pool(pool, device, twn::current_stream(device)));
+  require_started(kPool, launch_pool(pool, twn::current_stream(device)));
   return out;
 }
 
@@ -197,7 +197,7 @@ Tensor front(const Tensor& x, const std::optional<Tensor>& norm_weight, double e
   Tensor z = torch::stable::new_empty(x, {x.size(0), rows.features});
   if (z.numel() == 0) return z;
   rows.z = z.data_ptr();
-  require_started(kFront, launch_front(rows, device, twn::current_stream(device)));
+  require_started(kFront, launch_front(rows, twn::current_stream(device)));
   return z;
 }
 

@@ -40,22 +40,22 @@ __global__ void __launch_bounds__(Block::kThreads) gated_kernel(const __grid_con
 }
 
 template <typename T>
-const char* launch(const FrontRows& front, int device, void* stream) {
+const char* launch(const FrontRows& front, void* stream) {
   const int chunks = chunks_of(front.features);
   if (front.norm_weight == nullptr) {
     const int64_t blocks = ceil_div<int64_t>(front.rows * chunks, Block::kThreads);
-    return enqueue(gated_kernel<T>, blocks, Block::kThreads, device, stream, front, chunks);
+    return enqueue(gated_kernel<T>, blocks, Block::kThreads, stream, front, chunks);
   }
   if (chunks <= kShortChunks) {
-    return enqueue(short_rows_kernel<T>, ceil_div<int64_t>(front.rows, kWarps), Block::kThreads, device, stream, front);
+    return enqueue(short_rows_kernel<T>, ceil_div<int64_t>(front.rows, kWarps), Block::kThreads, stream, front);
   }
-  return enqueue(long_rows_kernel<T>, front.rows, Block::kThreads, device, stream, front);
+  return enqueue(long_rows_kernel<T>, front.rows, Block::kThreads, stream, front);
 }
 
 }  // namespace
 
-const char* launch_front(const FrontRows& front, int device, void* stream) {
-  return front.number == Number::kFloat16 ? launch<Half>(front, device, stream) : launch<BFloat>(front, device, stream);
+const char* launch_front(const FrontRows& front, void* stream) {
+  return front.number == Number::kFloat16 ? launch<Half>(front, stream) : launch<BFloat>(front, stream);
 }
 
 }  // namespace twn::small

@@ -1,5 +1,6 @@
 // gate_scores: pool, MLP, sigmoid and threshold of a batch, one launch over the whole GPU.
 #include "twn/device_memory.cuh"
+#include "twn/runtime.h"
 #include "twn/small/device_team.cuh"
 #include "twn/small/enqueue.cuh"
 #include "twn/small/launch.h"
@@ -29,7 +30,7 @@ const char* launch_gate(const Gate& gate, uint32_t* sync, uint32_t* report, int 
   const int64_t blocks = smaller<int64_t>(gate.tasks, larger<int64_t>(room, 1));
   const WarpTile tile = warp_tile(gate.rows);
   const auto kernel = tile.features == 1 ? gate_kernel<1, 1> : tile.features == 2 ? gate_kernel<2, 4> : gate_kernel<3, 4>;
-  return enqueue(kernel, blocks, kGateThreads, device, stream, gate, sync, report);
+  return enqueue(kernel, blocks, kGateThreads, stream, gate, sync, report);
 }
 
 }  // namespace twn::small

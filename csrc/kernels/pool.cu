@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(Team::kThreads) pool_kernel(const __grid_const
 
 }  // namespace
 
-const char* launch_pool(const Pool& pool, int device, void* stream) {
-  return enqueue(pool_kernel, pool.rows, Team::kThreads, device, stream, pool);
+const char* launch_pool(const Pool& pool, void* stream) {
+  return enqueue(pool_kernel, pool.rows, Team::kThreads, stream, pool);
 }
 
 }  // namespace twn::small

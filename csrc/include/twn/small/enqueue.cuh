@@ -3,14 +3,16 @@
 
 #include <cuda_runtime.h>
 
-#include "twn/runtime.h"
+#include <cstdint>
 
 namespace twn::small {
 
-// The kernel waits for the launch before by itself (wait_for_previous_launch).
+// The kernel waits for the launch before by itself (wait_for_previous_launch), where its code is for 9.0 or later: what later
+// cards compile of a build for 8.0 does not.
 template <typename... Parameters, typename... Arguments>
-const char* enqueue(void (*kernel)(Parameters...), int64_t blocks, int threads, int device, void* stream,
-                    const Arguments&... arguments) {
+const char* enqueue(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
+  cudaFuncAttributes code = {};
+  cudaError_t error = cudaFuncGetAttributes(&code, kernel);
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -19,8 +21,8 @@ const char* enqueue(void (*kernel)(Parameters...), int64_t blocks, int threads, 
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &overlap;
-  config.numAttrs = device_limits(device).capability >= 90 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // reported here, not by the next launch
   return cudaGetErrorString(error);
