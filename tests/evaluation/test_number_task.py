@@ -82,6 +82,19 @@ def test_every_query_in_words_asks_for_its_number(splits):
     assert checked > 40
 
 
+@pytest.mark.parametrize("step", [("times", 6, 7), ("plus", 39, 3), ("minus", 46, 4), ("half", 84), ("double", 21)])
+def test_every_wording_of_a_step_asks_for_its_value(step):
+    step = Step(*step)
+    then = Step("minus", words.applied(step), 2)
+    for unseen in (False, True):
+        for text in words.phrases([step], by_image=False, unseen=unseen):
+            assert answered(text) == words.applied(step), text
+            beside = words.phrases([step], by_image=True, unseen=unseen)
+            assert all(words.worded(step.before) not in text for text in beside)
+        for text in words.phrases([step, then], by_image=False, unseen=unseen):
+            assert answered(text) == words.applied(then), text
+
+
 def test_every_thought_works_out_the_number_that_the_positives_show(splits):
     for split in splits.values():
         shown = {entry.id: entry.metadata["number"] for entry in split.documents}

@@ -114,6 +114,7 @@ def test_the_table_says_what_the_document_says(result):
     assert any(line.startswith("test: is the gate better than never thinking? not shown: +0.2500 [") for line in told)
     assert any(line.startswith("test: gate score against gain by metric: AUROC 1.000, Brier ") for line in told)
     assert any(line.split() == ["test", "hard", "2", "100", "%", "0.0000", "0.5000", "0.5000"] for line in told)
+    assert any(line.split() == "than never thinking not shown not shown".split() for line in told)
     assert "test: best in hindsight: threshold 0.9000, ndcg_at_1 0.7500, think 25 %" in told
 
 

@@ -56,6 +56,8 @@ def test_classes_and_calibration_on_known_vectors(four):
     }
     assert split["calibration"]["by_metric"]["auroc"] == 1.0
     assert split["calibration"]["by_metric"]["improved_rate"] == 0.25
+    assert split["calibration"]["by_margin"]["improved_rate"] == 0.25
+    assert split["calibration"]["by_margin"]["auroc"] == 1.0
     columns = split["per_query"]
     assert columns["id"] == ["q-gains", "q-loses", "q-same", "q-breaks"]
     assert columns["never"] == [0, 1, 1, 0] and columns["always"] == [1, 0, 1, 0]
@@ -85,6 +87,27 @@ def test_thinking_documents_are_ranked_as_their_own_gate_says(tmp_path):
         best = (vectors[:4] @ vectors[4:].T).argmax(1)
         assert split["modes"][mode]["ndcg_at_1"] == pytest.approx((best == np.arange(4)).mean()), mode
     assert [point["threshold"] for point in split["sweep"]][:3] == [None, 0.9, 0.8]
+
+
+def test_queries_may_think_where_no_document_does(tmp_path):
+    folder, embedder = write_four(tmp_path)
+    embedder.thoughtful |= {"document 0": [-1.0, 0.0, 0.0, 0.0]}  # by thinking it leaves "gains"
+    embedder.scores |= {"breaks": 0.3}
+    found = evaluate(embedder, folder, EvaluationOptions(k=1, think_documents=True, **QUICK))["splits"]["test"]
+    assert found["modes"]["auto"]["document_think_rate"] == 0.0
+    assert found["modes"]["auto"]["ndcg_at_1"] == 0.75
+    assert found["per_query"]["always"] == [0, 1, 1, 1]
+
+
+def test_chance_is_given_the_documents_of_the_gate(tmp_path):
+    """Where no query thinks, nothing is left to chance, however much its thinking documents gained."""
+    folder, embedder = write_four(tmp_path)
+    embedder.thoughtful |= {"document 3": near(0, 3)}
+    embedder.scores |= {"document 3": 0.95}
+    options = EvaluationOptions(k=1, think_documents=True, threshold=0.95, resamples=50)
+    split = evaluate(embedder, folder, options)["splits"]["test"]
+    assert split["differences"]["auto_minus_never"]["mean"] != 0
+    assert split["differences"]["auto_minus_random"]["mean"] == 0 and split["random"]["p_value"] == 1.0
 
 
 def test_splits_that_share_candidates_embed_them_once(tmp_path):

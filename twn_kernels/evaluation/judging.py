@@ -79,13 +79,13 @@ class Judge:
         return found | {"classes": self._classes(auto, thinks[0], modes), "per_query": self._per_query()}
 
     def quality(self, query_thinks: np.ndarray, document_thinks: np.ndarray) -> Quality:
-        """Metrics of each query where those inputs think; ranks again only where documents differ between queries."""
+        """Metrics of each query where those inputs think; ranks again where documents may think and some inputs do."""
         import numpy as np
 
-        if self.documents_think and 0 < document_thinks.sum() < len(document_thinks):
-            return self._ranked(query_thinks, document_thinks)[0]
-        if self.documents_think and bool(document_thinks.all()) != bool(query_thinks.all()):
-            return self._ranked(query_thinks, document_thinks)[0]
+        if self.documents_think:
+            inputs = np.concatenate([query_thinks, document_thinks])
+            if inputs.any() and not inputs.all():
+                return self._ranked(query_thinks, document_thinks)[0]
         return {name: np.where(query_thinks, self.always[name], self.never[name]) for name in self.never}
 
     def _ranked(self, query_thinks: np.ndarray, document_thinks: np.ndarray) -> tuple[Quality, np.ndarray]:

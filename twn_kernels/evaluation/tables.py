@@ -33,6 +33,9 @@ def render(document: Mapping[str, Any]) -> str:
         parts.append("~ estimated from the passes without and with thoughts by its share of the tokens")
     for name, split in document["splits"].items():
         parts += [f"{name}: {line}" for line in _gate_lines(split, metric)]
+    questions = _verdict_rows(document)
+    if questions:
+        parts.append("\n" + _table(("is the gate better", *document["splits"]), questions))
     classes = _class_rows(document)
     if classes:
         modes = next(iter(document["splits"].values()))["modes"]
@@ -96,6 +99,16 @@ def _gate_lines(split: Mapping[str, Any], metric: str) -> Iterable[str]:
         best = split["best_in_hindsight"]
         at = "never thinking" if best["threshold"] is None else f"threshold {best['threshold']:.4f}"
         yield f"best in hindsight: {at}, {metric} {_score(best[metric])}, think {_percent(best['think_rate'])}"
+
+
+def _verdict_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The questions side by side over the splits: a gain that ends out of distribution shows here."""
+    splits = document["splits"].values()
+    if not all("auto_minus_never" in split.get("differences", {}) for split in splits):
+        return []
+    return [
+        (words, *(verdict(split["differences"][name]) for split in splits)) for name, words in _GATE_QUESTIONS.items()
+    ]
 
 
 def _class_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
