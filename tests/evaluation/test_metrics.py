@@ -60,13 +60,26 @@ def test_ties_are_in_the_order_of_ids_whatever_the_order_of_rows():
             assert metrics.rank(query, documents, ["q"], ids, {"q": {"b": 1}}, depth).places["q"] == best
 
 
-def test_equal_documents_tie_wherever_they_stand(monkeypatch):
-    monkeypatch.setattr(metrics, "_DOCUMENTS_AT_ONCE", 7)
+def test_equal_documents_tie_wherever_they_stand():
+    """The edges of a matrix product may be summed in another order, and their last bits differ."""
     generator = np.random.default_rng(1)
-    documents = np.tile(generator.standard_normal((1, 33)).astype(np.float32), (20, 1))
-    ids = [f"{place:02d}" for place in generator.permutation(20)]
-    query = generator.standard_normal((1, 33)).astype(np.float32)
-    assert metrics.rank(query, documents, ["q"], ids, {"q": {"00": 1}}, 20).places["q"] == sorted(ids)
+    documents = np.tile(generator.standard_normal((1, 1000)).astype(np.float32), (1000, 1))
+    ids, query_ids = [f"{place:03d}" for place in generator.permutation(1000)], [f"q{index}" for index in range(64)]
+    queries = generator.standard_normal((64, 1000)).astype(np.float32)
+    ranked = metrics.rank(queries, documents, query_ids, ids, {query: {"000": 1} for query in query_ids}, 1000)
+    assert all(ranked.places[query] == sorted(ids) for query in query_ids)
+
+
+def test_documents_in_parts_rank_as_whole(monkeypatch):
+    generator = np.random.default_rng(2)
+    queries, documents = (generator.standard_normal((n, 5)).astype(np.float32) for n in (3, 20))
+    ids = [f"{place:02d}" for place in range(20)]
+    arguments = (queries, documents, ["a", "b", "c"], ids, {query: {"00": 1} for query in "abc"}, 7)
+    whole = metrics.rank(*arguments).places
+    monkeypatch.setattr(metrics, "_DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(metrics, "_QUERIES_AT_ONCE", 2)
+    assert metrics.rank(*arguments).places == whole
+    assert whole["c"] == [ids[place] for place in np.argsort(-(documents @ queries[2]))[:7]]
 
 
 def test_a_margin_needs_another_document():

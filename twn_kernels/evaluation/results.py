@@ -85,6 +85,10 @@ def parse(document: Any, source: str) -> dict[str, Any]:
             "Evaluate again, or read it with the version of twn_kernels that wrote it."
         )
     _DOCUMENT(document, source)
+    if not document["splits"]:
+        raise ResultError(f"{source}.splits is empty; expected at least one split.")
+    if set(document["splits"]) != set(document["data"]["splits"]):
+        raise ResultError(f"{source}.splits and .data.splits must name the same splits.")
     for name, split in document["splits"].items():
         _check_together(split, f"{source}.splits.{name}", document["metric"])
     return document
@@ -92,6 +96,13 @@ def parse(document: Any, source: str) -> dict[str, Any]:
 
 def _check_together(split: dict, where: str, metric: str) -> None:
     """What no field can say alone: every table has the metric that decides, every column has a row for each query."""
+    if not split["modes"]:
+        raise ResultError(f"{where}.modes is empty; expected at least one mode.")
+    gate = [name for name in ("oracle", "random", "sweep", "best_in_hindsight", "calibration") if name in split]
+    if ("auto" in split["modes"]) != (len(gate) == 5):
+        raise ResultError(
+            f"{where} must tell of the gate (oracle, random, sweep, ...) exactly where it has a mode auto."
+        )
     for mode, told in split["modes"].items():
         if metric not in told:
             raise ResultError(f"{where}.modes.{mode} has no {metric}, which the document says decides.")
@@ -138,9 +149,14 @@ def _object(required: Mapping[str, Check], optional: Mapping[str, Check] | None 
     return run
 
 
-def _of(check: Check) -> Check:
+def _of(check: Check, *needed: str) -> Check:
+    """An object of any names, ``needed`` among them."""
+
     def run(value: Any, where: str) -> None:
         _MAPPING(value, where)
+        for name in needed:
+            if name not in value:
+                raise ResultError(f"{where}.{name} is missing.")
         for name, entry in value.items():
             check(entry, f"{where}.{name}")
 
@@ -182,10 +198,13 @@ _CALIBRATION = _object(
         "reliability": _list(_BIN),
     }
 )
+_TOLD = _is("a finite number of 0 or more, or true or false", lambda v: isinstance(v, bool) or (_number(v) and v >= 0))
 _MODE = _of(
-    _is("a finite number of 0 or more, or true or false", lambda v: isinstance(v, bool) or _number(v) and v >= 0)
+    _TOLD,
+    *("think_rate", "fallback_rate", "query_tokens", "document_tokens"),
+    *("query_seconds", "document_seconds", "seconds_measured"),
 )
-_POINT = _of(_or_null(_NUMBER))
+_POINT = _of(_or_null(_NUMBER), "threshold", "think_rate", "query_tokens", "document_tokens")
 _SPLIT = _object(
     {
         "modes": _object({}, {"never": _MODE, "always": _MODE, "auto": _MODE}),
@@ -208,8 +227,8 @@ _SPLIT = _object(
     },
     {
         "differences": _of(_INTERVAL),
-        "oracle": _MODE,
-        "random": _MODE,
+        "oracle": _of(_TOLD, "think_rate", "query_tokens"),
+        "random": _of(_TOLD, "p_value"),
         "sweep": _list(_POINT),
         "best_in_hindsight": _POINT,
         "calibration": _of(_CALIBRATION),
@@ -227,7 +246,7 @@ _DOCUMENT = _object(
         "command": _TEXT,
         "data": _object({"name": _TEXT, "splits": _of(_DATA)}),
         "model": _object({"base": _TEXT, "checkpoint": _TEXT, "parameters": _or_null(_of(_NUMBER))}),
-        "options": _MAPPING,
+        "options": _of(_ANY, "seed", "resamples", "threshold", "think_documents", "k"),
         "metric": _TEXT,
         "splits": _of(_SPLIT),
         "seconds": _NUMBER,
