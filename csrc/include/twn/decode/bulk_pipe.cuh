@@ -50,16 +50,9 @@ class BulkPipe {
 
   // Its bytes are on their way or there; `expired` is set where they never came, which no valid address can cause.
   TWN_DEVICE const char* wait(bool& expired) {
-    uint32_t done = 0;
-    const uint64_t start = DeviceMemory::nanoseconds();
-    while (!done && !expired) {
-      asm volatile(
-          "{\n.reg .pred complete;\nmbarrier.try_wait.parity.shared.b64 complete, [%1], %2, 1000000;\n"
-          "selp.u32 %0, 1, 0, complete;\n}"
-          : "=r"(done)
-          : "r"(barrier(stage_)), "r"(parity_)
-          : "memory");
-      expired = !done && DeviceMemory::nanoseconds() - start > DeviceMemory::kPatienceNanoseconds;
+    if (!is_full()) {
+      const uint64_t start = DeviceMemory::nanoseconds();
+      while (!expired && !is_full()) expired = DeviceMemory::nanoseconds() - start > DeviceMemory::kPatienceNanoseconds;
     }
     return shared_ + stage_ * Layout::kStageBytes;
   }
@@ -82,6 +75,18 @@ class BulkPipe {
 
   TWN_DEVICE uint32_t target(int stage, int offset) const {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared_ + stage * Layout::kStageBytes + offset));
+  }
+
+  // Whether the current stage is; sleeps up to a millisecond before it says no.
+  TWN_DEVICE bool is_full() const {
+    uint32_t full;
+    asm volatile(
+        "{\n.reg .pred complete;\nmbarrier.try_wait.parity.shared.b64 complete, [%1], %2, 1000000;\n"
+        "selp.u32 %0, 1, 0, complete;\n}"
+        : "=r"(full)
+        : "r"(barrier(stage_)), "r"(parity_)
+        : "memory");
+    return full != 0;
   }
 
   // One thread says how many bytes the stage waits for, those of z among them. Others may be early with theirs: the stage
