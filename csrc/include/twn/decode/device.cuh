@@ -439,8 +439,7 @@ class DecodeDevice {
       for (int i = 0; i < kVectorFeatures; ++i) value[i] = silu(value[i]) * up[i];
     }
     if (plan_.group.residual != nullptr) {
-      const T* residual = static_cast<const T*>(plan_.group.residual) + token * plan_.group.residual_pitch + column;
-      for (int i = 0; i < count; ++i) value[i] += Number<T>::wide_one(residual[i]);
+      add_elements(value, static_cast<const T*>(plan_.group.residual) + token * plan_.group.residual_pitch + column, count);
     }
     T* target = static_cast<T*>(plan_.group.y) + token * plan_.group.y_pitch + column;
     if (count == kVectorFeatures && reinterpret_cast<uintptr_t>(target) % 16 == 0) {
@@ -463,9 +462,19 @@ class DecodeDevice {
     const TilePlace first = plan_.row_of(place, row);
     const Projection& projection = plan_.group.projections[first.projection];
     if (projection.bias == nullptr) return;
-    const T* bias = static_cast<const T*>(projection.bias) + first.first_row;
-    for (int i = 0; i < kVectorFeatures; ++i) {
-      if (first.first_row + i < projection.out_features) value[i] += Number<T>::wide_one(__ldg(bias + i));
+    add_elements(value, static_cast<const T*>(projection.bias) + first.first_row, projection.out_features - first.first_row);
+  }
+
+  // The first `count` of eight elements at most, from memory in one piece.
+  TWN_DEVICE static void add_elements(float (&value)[kVectorFeatures], const T* source, int count) {
+    if (count >= kVectorFeatures && aligned(source, 0)) {
+      float more[kVectorFeatures];
+      widen(more, source);
+      for (int i = 0; i < kVectorFeatures; ++i) value[i] += more[i];
+    } else {
+      for (int i = 0; i < kVectorFeatures; ++i) {
+        if (i < count) value[i] += Number<T>::wide_one(source[i]);
+      }
     }
   }
 
@@ -497,15 +506,21 @@ class DecodeDevice {
     }
     const float scale = rsqrtf(block_sum(sum) / static_cast<float>(group.in_features) + group.eps);
     for (int f = threadIdx.x * kVectorFeatures; f < group.in_features; f += kDecodeThreads * kVectorFeatures) {
+      float weight[kVectorFeatures];
       widen(wide, x + f);
+      read_norm_weight(weight, f);
       for (int i = 0; i < kVectorFeatures; ++i) {
-        const float rounded = Number<T>::wide_one(Number<T>::narrow_one(wide[i] * scale));
-        const float weight = group.norm_is_wide ? static_cast<const float*>(group.norm_weight)[f + i]
-                                                : Number<T>::wide_one(static_cast<const T*>(group.norm_weight)[f + i]);
-        wide[i] = weight * rounded;
+        wide[i] = weight[i] * Number<T>::wide_one(Number<T>::narrow_one(wide[i] * scale));
       }
       narrow(z + f, wide);
     }
+  }
+
+  TWN_DEVICE void read_norm_weight(float (&weight)[kVectorFeatures], int feature) const {
+    const T* alike = static_cast<const T*>(plan_.group.norm_weight) + feature;
+    const float* wide = static_cast<const float*>(plan_.group.norm_weight) + feature;
+    if (!plan_.group.norm_is_wide && aligned(alike, 0)) return widen(weight, alike);
+    for (int i = 0; i < kVectorFeatures; ++i) weight[i] = plan_.group.norm_is_wide ? wide[i] : Number<T>::wide_one(alike[i]);
   }
 
   TWN_DEVICE void gate(const T* x, T* z) {
