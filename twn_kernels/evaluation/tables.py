@@ -193,7 +193,7 @@ def _score(value: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.3g} %"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
