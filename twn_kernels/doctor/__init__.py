@@ -56,9 +56,7 @@ def examine(device: torch.device | str | None = None) -> Iterator[Check]:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     yield from _installation(device)
     for impl in sorted(set(IMPLS) - {"auto"}, key=lambda name: (name != "reference", name)):
-        reason = choice.unavailable_reason(impl, device)
-        if reason is None and impl == "cuda":
-            reason = loader.unavailable_reason(may_build=False)  # a report builds nothing
+        reason = choice.unavailable_reason(impl, device, may_build=False)  # a report builds nothing
         if reason is not None:
             detail = f"{' '.join(reason.split())} Instead, {_instead(device)}"
             yield Check(f"{impl} on {device.type}", NOT_AVAILABLE, detail)
@@ -72,7 +70,7 @@ def examine(device: torch.device | str | None = None) -> Iterator[Check]:
             yield from check(impl, dtype, device)
             yield from group.checks(impl, dtype, device)
     for impl in ("reference", "cuda"):
-        if choice.unavailable_reason(impl, device) is None:
+        if choice.unavailable_reason(impl, device, may_build=False) is None:
             yield from _small_ops(impl, device)
 
 

@@ -66,13 +66,13 @@ def test_looking_builds_nothing(here):
 
 
 def test_reports_build_nothing_and_say_what_a_call_would(here, monkeypatch):
-    monkeypatch.setattr(choice, "unavailable_reason", lambda *_: None)
+    def on_gpu(impl, *_, may_build=True):
+        return loader.unavailable_reason(may_build=may_build) if impl == "cuda" else None
+
+    monkeypatch.setattr(choice, "unavailable_reason", on_gpu)
     monkeypatch.setattr(doctor, "IMPLS", ("auto", "cuda"))
-    checks = {}
-    for check in doctor.examine("cpu"):
-        checks[check.name] = check
-        if check.name == "cuda on cpu":
-            break
+    checks = {check.name: check for check in doctor.examine("cpu")}
+    assert not [name for name in checks if ", cuda, " in name]
     assert checks["CUDA extension"].status == checks["cuda on cpu"].status == doctor.NOT_AVAILABLE
     assert "; first use builds it for 8.0 with nvcc 12.8 in " in checks["CUDA extension"].detail
     assert checks["cuda on cpu"].detail.startswith(
