@@ -229,9 +229,10 @@ def is_for_inference(impl: str) -> bool:
 
 def _check_backward(impl: str, source: str) -> None:
     if is_for_inference(impl):
+        other = 'use impl="triton" or impl="auto"' if source == "impl" else f'unset {source} or use impl="triton"'
         raise ImplUnavailable(
             f'{source}="{impl}" was asked for, but it has no backward pass and a tensor of this call requires a '
-            'gradient. Run it under torch.no_grad(), or use impl="triton" or impl="auto" where gradients are needed.'
+            f"gradient. Run it under torch.no_grad(), or {other} where gradients are needed."
         )
 
 
