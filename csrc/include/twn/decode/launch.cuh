@@ -31,7 +31,6 @@ const char* start(const DecodePlan& plan, int stages, bool early, char* workspac
   const auto kernel = decode_kernel<T, Layout, PipeOf>;
   const int shared = Layout::shared_bytes(stages);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -42,8 +41,10 @@ const char* start(const DecodePlan& plan, int stages, bool early, char* workspac
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = early ? 1 : 0;
-  error = cudaLaunchKernelEx(&config, kernel, plan, stages, workspace, sync, report);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, plan, stages, workspace, sync, report);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // reported here, not by the next launch
+  return cudaGetErrorString(error);
 }
 
 // `early`: the kernel may begin before the one in front has ended, since it waits for that end itself.
