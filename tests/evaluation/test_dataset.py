@@ -105,6 +105,10 @@ def test_files_that_are_not_there(tmp_path):
     (folder / "queries.jsonl").unlink()
     with pytest.raises(DataError, match=r'queries.jsonl" does not exist. A data folder holds corpus.jsonl, queries'):
         read_split(folder, "test")
+    (folder / "queries.jsonl").mkdir()
+    with pytest.raises(DataError, match=r'queries.jsonl" cannot be read: Is a directory.'):
+        read_split(folder, "test")
+    (folder / "queries.jsonl").rmdir()
     (folder / "queries.jsonl").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"is not UTF-8 text \(byte 0\)."):
         read_split(folder, "test")
@@ -113,6 +117,12 @@ def test_files_that_are_not_there(tmp_path):
 def test_an_image_outside_of_the_folder_is_not_written(tmp_path):
     with pytest.raises(DataError, match='the image of "d1" must lie in the data folder'):
         write_dataset(tmp_path / "data", [Entry("d1", image=str(tmp_path / "a.png"))], [Entry("q1", "a")], {})
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "data").write_text("mine")
+    with pytest.raises(DataError, match=r'data folder ".*data" cannot be written: '):
+        write_dataset(tmp_path / "data", [Entry("d", "a")], [Entry("q", "a")], {})
 
 
 def test_the_digest_follows_what_the_split_ranks_and_nothing_else(tmp_path):

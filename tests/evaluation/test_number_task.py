@@ -6,11 +6,12 @@ import collections
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from twn_kernels.errors import DataError, OptionError
+from twn_kernels.errors import DataError, MissingDependency, OptionError
 from twn_kernels.evaluation import number_task, read_split, split_names
 from twn_kernels.evaluation import number_words as words
 from twn_kernels.evaluation.number_task import SPLITS, UNSEEN_COMPOSITIONS, held_out_pairs, make_number_task
@@ -236,6 +237,15 @@ def test_a_folder_that_is_taken_and_counts_that_are_none(tmp_path):
     with pytest.raises(OptionError, match="queries must be a whole number of at least 1, got 0."):
         make_number_task(tmp_path / "new", queries=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_without_scikit_learn_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(
+        MissingDependency, match="^the number task draws the handwritten digits that scikit-learn ships, "
+    ):
+        make_number_task(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_are_spelled():

@@ -8,6 +8,7 @@ from known import TOKENS, axis, near, write_four
 
 from twn_kernels.errors import DataError, InputError, OptionError
 from twn_kernels.evaluation import Entry, EvaluationOptions, evaluate, metrics, read_split, write_dataset
+from twn_kernels.evaluation.embedding import embed_both_ways
 
 QUICK = {"resamples": 200, "threshold": 0.5}
 
@@ -117,6 +118,16 @@ def test_splits_that_share_candidates_embed_them_once(tmp_path):
     assert set(found["splits"]) == {"test", "ood"}
     assert [call for call in embedder.calls if call[0] == "document"] == [("document", "never", 4)]
     assert [point["threshold"] for point in found["splits"]["ood"]["sweep"]] == [None, 0.1]
+
+
+def test_what_was_embedded_plainly_has_no_thoughtful_vectors(tmp_path):
+    folder, embedder = write_four(tmp_path)
+    ways = embed_both_ways(embedder, read_split(folder, "test").queries, "query", thoughtful=False)
+    assert np.array_equal(ways.vectors(np.zeros(4, dtype=bool)), ways.plain)
+    with pytest.raises(
+        OptionError, match="^these inputs were embedded plainly alone; embed them with thoughtful=True."
+    ):
+        ways.vectors(np.array([False, True, False, False]))
 
 
 def test_never_alone_thinks_of_nothing(tmp_path):
