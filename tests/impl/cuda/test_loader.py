@@ -28,7 +28,7 @@ def write(package, **fields):
     (package / "_build_info.json").write_text(json.dumps(fields))
 
 
-NO_GPU = "torch sees no CUDA GPU; it runs on one alone"
+NO_GPU = "torch sees no CUDA GPU, and it runs on nothing else"
 
 
 def test_without_a_record(package):

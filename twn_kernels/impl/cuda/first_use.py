@@ -186,7 +186,7 @@ def archs_here() -> str:
     """
     found = capabilities()
     if not found:
-        raise CannotBuild("torch sees no CUDA GPU; it runs on one alone")
+        raise CannotBuild("torch sees no CUDA GPU, and it runs on nothing else")
     here = [f"{major}.{minor}{'a' * ((major, minor) == (9, 0))}" for major, minor in found if (major, minor) >= (8, 0)]
     if not here:
         raise CannotBuild(f"this GPU's compute capability is {found[-1][0]}.{found[-1][1]}; it needs 8.0 or later")

@@ -17,7 +17,7 @@ from twn_kernels.errors import DeviceError, ImplUnavailable, ShapeError
 from twn_kernels.impl.cuda import first_use
 from twn_kernels.impl.cuda.build import LIBRARY, CannotBuild
 
-__all__ = ["OPS", "BuildInfo", "build_info", "can_build_here", "load", "probe", "unavailable_reason"]
+__all__ = ["OPS", "BuildInfo", "build_info", "load", "probe", "unavailable_reason"]
 
 REBUILD = "TWN_BUILD_CUDA=1 pip install --no-build-isolation -e ."
 
@@ -100,11 +100,6 @@ def build_info() -> BuildInfo:
     else:
         words = f"first use builds it for {made.archs} with nvcc {made.tools.nvcc_version} in {made.folder.parent}"
     return dataclasses.replace(installed, first_use=words)
-
-
-def can_build_here() -> bool:
-    """Whether :func:`load` would build what is not built: a GPU, its compiler and the sources are here, and it may."""
-    return isinstance(_order(), first_use.Order)
 
 
 def load() -> None:
