@@ -189,9 +189,9 @@ def _step(shape=(1, 24), **options):
     return GateStep(torch.zeros(shape, **options))
 
 
-def _tangent():
+def _with_a_tangent():
     with forward_ad.dual_level():
-        yield forward_ad.make_dual(STATES, torch.ones_like(STATES))
+        pool_queries(forward_ad.make_dual(STATES, torch.ones_like(STATES)), impl="cuda")
 
 
 GRAD = "requires a gradient. Call it under torch.no_grad()."
@@ -235,7 +235,7 @@ REFUSED = {
         f"its kernel has no backward pass and layers[0].weight {GRAD}",
     ),
     "tangent": (
-        lambda: [pool_queries(dual, impl="cuda") for dual in _tangent()],
+        _with_a_tangent,
         f"its kernel has no backward pass and states {GRAD}",
     ),
     "device": (
