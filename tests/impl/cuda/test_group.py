@@ -203,7 +203,7 @@ REFUSALS = {
     "the pitch of a weight": (
         ShapeError,
         lambda: (draw(3, FEATURES), bent(weight=draw(40, FEATURES + 4)[:, :FEATURES])),
-        'projections[0].weight must have rows that start at 16-byte words for impl="cuda" (strides (a multiple of '
+        'weight must have rows that start at 16-byte words for impl="cuda" (strides (a multiple of '
         "8, 1), address a multiple of 16), got strides (68, 1) at an address of 0 modulo 16. Give the weight memory of "
         "its own: .clone(memory_format=torch.contiguous_format).",
     ),
@@ -218,12 +218,12 @@ REFUSALS = {
             draw(3, FEATURES),
             bent(reasoning=LoRA(draw(4, FEATURES + 4)[:, :FEATURES], draw(40, 4), 1.0)),
         ),
-        "projections[0].reasoning.A must have rows that start at 16-byte words",
+        "reasoning.A must have rows that start at 16-byte words",
     ),
     "a transposed B": (
         ShapeError,
         lambda: (draw(3, FEATURES), bent(embedding=LoRA(draw(4, FEATURES), draw(4, 40).t(), 1.0))),
-        'projections[0].embedding.B must have a contiguous last dimension for impl="cuda", got strides (1, 40). '
+        'embedding.B must have a contiguous last dimension for impl="cuda", got strides (1, 40). '
         "Store it so: B.contiguous().",
     ),
     "fp32 adapters beside a linear without any": (
@@ -237,8 +237,9 @@ REFUSALS = {
     "fp32 adapters": (
         DtypeError,
         lambda: (draw(3, FEATURES), bent(reasoning=lora(4, 40, dtype=FP32), embedding=None)),
-        'projections[0].reasoning must be in the dtype of x (torch.bfloat16) for impl="cuda", got torch.float32. '
-        "Convert the adapter: A.to(torch.bfloat16), B.to(torch.bfloat16).",
+        'reasoning must be in the dtype of x (torch.bfloat16) for impl="cuda", got torch.float32. '
+        "Convert it: A.to(torch.bfloat16), B.to(torch.bfloat16); a patched model with all it holds: "
+        "model.to(torch.bfloat16).",
     ),
 }
 
@@ -250,6 +251,7 @@ def test_what_the_kernels_cannot_read_is_refused_by_name(name, extension):
     with torch.no_grad(), pytest.raises(error) as caught:
         dual_lora_group(x, layers, mixed(3), impl="cuda")
     assert words in str(caught.value) and str(caught.value).endswith(INSTEAD)
+    assert ("projections[" in str(caught.value)) == (len(layers) > 1)
     assert extension.taken == []
 
 

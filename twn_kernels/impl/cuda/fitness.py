@@ -77,12 +77,12 @@ def misfit(x: Tensor, weights, A_r, B_r, A_e, B_e) -> TWNError | None:
         )
     for place, weight in enumerate(weights):
         if not _is_in_words(weight):
-            return _unaligned("weight", place, weight, "the weight")
+            return _unaligned(f"{_owner(weights, place)}weight", weight, "the weight")
     for part, As, Bs in (("reasoning", A_r, B_r), ("embedding", A_e, B_e)):
         for place, A in enumerate(As):
             if A is None or (A.dtype == dtype and _is_in_words(A) and Bs[place].stride()[1] == 1):
                 continue
-            if (error := _adapter_misfit(part, place, dtype, A, Bs[place])) is not None:
+            if (error := _adapter_misfit(_owner(weights, place) + part, dtype, A, Bs[place])) is not None:
                 return error
     return None
 
@@ -103,18 +103,24 @@ def _is_in_words(matrix: Tensor) -> bool:
     return step == 1 and pitch and pitch % WORD == 0 and matrix.data_ptr() % _BYTES == 0
 
 
-def _adapter_misfit(part: str, place: int, dtype: torch.dtype, A: Tensor, B: Tensor) -> TWNError | None:
+def _owner(weights: Sequence[Tensor], place: int) -> str:
+    """What stands before the name of a tensor: a linear by itself is called without ``projections``."""
+    return f"projections[{place}]." if len(weights) > 1 else ""
+
+
+def _adapter_misfit(name: str, dtype: torch.dtype, A: Tensor, B: Tensor) -> TWNError | None:
     """What is wrong with an adapter that did not pass at first sight; None where nothing is."""
-    name, rank = f"projections[{place}].{part}", A.shape[0]
+    rank = A.shape[0]
     if rank == 0:
         return None
     if A.dtype != dtype:
         return DtypeError(
             f'{name} must be in the dtype of x ({dtype}) for impl="cuda", got {A.dtype}. '
-            f"Convert the adapter: A.to({dtype}), B.to({dtype}). Or {_INSTEAD}."
+            f"Convert it: A.to({dtype}), B.to({dtype}); a patched model with all it holds: model.to({dtype}). "
+            f"Or {_INSTEAD}."
         )
     if not _is_in_words(A):
-        return _unaligned(f"{part}.A", place, A, "A")
+        return _unaligned(f"{name}.A", A, "A")
     if rank == 1:  # the stride of a single column says nothing
         return None
     return ShapeError(
@@ -123,10 +129,10 @@ def _adapter_misfit(part: str, place: int, dtype: torch.dtype, A: Tensor, B: Ten
     )
 
 
-def _unaligned(part: str, place: int, matrix: Tensor, what: str) -> ShapeError:
+def _unaligned(name: str, matrix: Tensor, what: str) -> ShapeError:
     return ShapeError(
-        f'projections[{place}].{part} must have rows that start at 16-byte words for impl="cuda" (strides (a multiple '
-        f"of {WORD}, 1), address a multiple of {_BYTES}), got strides {matrix.stride()} at an address of "
+        f'{name} must have rows that start at 16-byte words for impl="cuda" (strides (a multiple of {WORD}, 1), '
+        f"address a multiple of {_BYTES}), got strides {matrix.stride()} at an address of "
         f"{matrix.data_ptr() % _BYTES} modulo {_BYTES}. Give {what} memory of its own: "
         f".clone(memory_format=torch.contiguous_format). Or {_INSTEAD}."
     )
