@@ -85,7 +85,8 @@ def described(args: dict, plan, y: torch.Tensor) -> Group:
         ):
             if lora is None:
                 continue
-            slot.a, slot.a_pitch, slot.b, slot.b_pitch = lora.A.data_ptr(), lora.A.stride(0), lora.B.data_ptr(), lora.B.stride(0)
+            slot.a, slot.a_pitch = lora.A.data_ptr(), lora.A.stride(0)
+            slot.b, slot.b_pitch = lora.B.data_ptr(), lora.B.stride(0)
             slot.rank, slot.scaling = lora.A.shape[0], lora.scaling
             group.present |= plan.present & 1 << bit
     group.routes = None if plan.is_uniform else plan.routes.data_ptr()

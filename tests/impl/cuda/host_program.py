@@ -1,4 +1,4 @@
-"""Compiles the host-testable half of ``csrc`` with the plain C++ compiler: what no instruction of a GPU is needed for."""
+"""Compiles the half of ``csrc`` that needs no instruction of a GPU, with the plain C++ compiler."""
 
 from __future__ import annotations
 

@@ -70,9 +70,7 @@ def gate_scores(features, last, steps, activation, threshold=None, *, blocks=3, 
 
 
 def _side(states: torch.Tensor) -> _Side:
-    return _Side(
-        states.data_ptr(), _Strides(*states.stride()), NUMBERS[states.dtype], states.shape[1], states.shape[2]
-    )
+    return _Side(states.data_ptr(), _Strides(*states.stride()), NUMBERS[states.dtype], states.shape[1], states.shape[2])
 
 
 def _step(weight, bias, activated) -> _Step:
