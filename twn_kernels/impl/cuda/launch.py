@@ -34,7 +34,7 @@ def group(
     rows are one launch; ``dispatch`` says what more rows are.
 
     Base weights are frozen: a launch of up to 64 rows on compute capability 9.0 or later begins to read them while the
-    kernel in front of it ends. Where that kernel is the one that writes a weight, call ``torch.cuda.synchronize`` first.
+    kernel in front of it ends. Where that kernel writes one of them, call ``torch.cuda.synchronize`` first.
 
     Raises:
         ImplUnavailable, DtypeError, ShapeError: the kernels cannot serve these tensors; the message says what can.
