@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import failure, report
 
-from twn_kernels.cli import main
+from twn_kernels.cli import _parse, evaluate, main
 from twn_kernels.evaluation import load_result, split_names
 
 
@@ -99,6 +99,14 @@ def test_the_number_task_is_made(tmp_path, capsys):
         (["DATA", "--make-numbers", "d"], "OptionError: --make-numbers writes data and takes none, got"),
         (["DATA", "--queries", "3"], "OptionError: --queries belongs to --make-numbers; name splits with --split"),
         (["DATA/corpus.jsonl", "--split", "a"], "OptionError: --split needs a data folder as DATA; "),
+        (["DATA/corpus.jsonl", "--k", "5"], "OptionError: --k needs a data folder as DATA; "),
+        (["DATA/corpus.jsonl", "--seed", "4"], "OptionError: --seed needs a data folder as DATA; "),
+        (["DATA/corpus.jsonl", "--think", "never"], "OptionError: --think needs a data folder as DATA; "),
+        (
+            ["--make-numbers", "d", "--think-documents"],
+            "OptionError: --think-documents has no meaning for --make-numbers, which takes --queries and --seed.",
+        ),
+        (["--make-numbers", "d", "--out", "o"], "OptionError: --out has no meaning for --make-numbers"),
         (["DATA/corpus.jsonl"], "is no JSON ("),
         (["DATA", "--compare", "nowhere.json"], 'ResultError: result file "nowhere.json" cannot be read'),
         (["DATA", "--plot", "a.txt"], "OptionError: a plot must end in one of"),
@@ -108,6 +116,13 @@ def test_the_number_task_is_made(tmp_path, capsys):
 def test_what_is_refused(places, argv, message, capsys):
     line = failure(capsys, "eval", *(word.replace("DATA", str(places / "data")) for word in argv))
     assert message in line
+
+
+def test_each_option_has_its_place_in_what_is_refused():
+    anywhere = {"command", "data", "run", "parser", "words", "json", "traceback", "quiet", "seed"}
+    for_numbers = {"make_numbers", "queries"}
+    names = [*evaluate._OF_A_RUN, *evaluate._OF_A_RESULT]
+    assert sorted(names) == sorted(set(vars(_parse(["eval"]))) - anywhere - for_numbers)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,13 @@ __all__ = ["add"]
 
 _MODES = ("never", "always", "auto")
 _METRICS = ("ndcg", "recall", "mrr", "hit")
+# What only the evaluation of a data folder reads, and what a result that is shown again reads too.
+_OF_A_RUN = (
+    *("model", "model_revision", "checkpoint", "split", "think", "threshold", "think_documents", "time_auto", "k"),
+    *("metric", "resamples", "max_think_tokens", "batch_size", "query_prompt", "document_prompt", "device", "dtype"),
+    *("impl", "decode", "revision", "subfolder", "local_files_only"),
+)
+_OF_A_RESULT = ("out", "plot", "compare", "overwrite")
 
 
 def add(subparsers) -> argparse.ArgumentParser:
@@ -106,6 +113,8 @@ def _make_numbers(arguments: argparse.Namespace) -> None:
 
     if arguments.data is not None:
         raise OptionError(f'--make-numbers writes data and takes none, got "{arguments.data}".')
+    for option in _given(arguments, *_OF_A_RUN, *_OF_A_RESULT):
+        raise OptionError(f"{option} has no meaning for --make-numbers, which takes --queries and --seed.")
     folder = make_number_task(arguments.make_numbers, queries=arguments.queries or 200, seed=arguments.seed)
     if arguments.json:
         _print_json({"folder": str(folder), "splits": split_names(folder), "seed": arguments.seed})
@@ -116,10 +125,15 @@ def _make_numbers(arguments: argparse.Namespace) -> None:
 def _again(arguments: argparse.Namespace) -> dict:
     from twn_kernels.evaluation import load_result
 
-    for name in ("model", "checkpoint", "split", "threshold"):
-        if getattr(arguments, name) is not None:
-            raise OptionError(f'--{name} needs a data folder as DATA; "{arguments.data}" is a file, a result to show.')
+    for option in _given(arguments, *_OF_A_RUN, "seed"):
+        raise OptionError(f'{option} needs a data folder as DATA; "{arguments.data}" is a file, a result to show.')
     return load_result(arguments.data)
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> list[str]:
+    """The options of these names that are not at their defaults, as they are written."""
+    given = [name for name in names if getattr(arguments, name) != arguments.parser.get_default(name)]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def _evaluated(arguments: argparse.Namespace) -> dict:
