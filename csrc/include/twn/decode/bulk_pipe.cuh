@@ -28,8 +28,9 @@ class BulkPipe {
   // Weights depend on no kernel, so their copies are under way before this.
   TWN_DEVICE static void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-  // What plain stores wrote is read by bulk copies of other blocks.
-  TWN_DEVICE static void fence_before_publish() { asm volatile("fence.proxy.async;" ::: "memory"); }
+  // What plain stores wrote is read by bulk copies of other blocks. Of global memory alone: a fence of all memory waits for
+  // every access of the thread to reach the whole GPU.
+  TWN_DEVICE static void fence_before_publish() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
   TWN_DEVICE void load_weights_ahead(UnitRange range) {
     UnitCursor unit(plan_, range);
@@ -41,7 +42,7 @@ class BulkPipe {
 
   template <typename T>
   TWN_DEVICE void load_inputs_ahead(const T* z, int64_t pitch) {
-    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.global;" ::: "memory");
     for (int stage = 0; stage < stages_ && next_.left > 0; ++stage) {
       copy_inputs(stage, next_, z, pitch);
       next_.advance(plan_);

@@ -50,8 +50,9 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }
 
-// Between ordinary accesses of memory and those of bulk copies, in both directions.
-__device__ __forceinline__ void fence_proxies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Between ordinary accesses of global memory and those of bulk copies, in both directions. A fence of all memory would wait
+// for every access of the thread to reach the whole GPU, and stand in front of each copy of S.
+__device__ __forceinline__ void fence_proxies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 template <int Count>
 __device__ __forceinline__ void give_registers() {
