@@ -322,11 +322,8 @@ def test_the_environment_asks_for_no_gradient_either(extension, monkeypatch):
         lambda: dual_lora_group(x, layers, mixed(6)),
         lambda: dual_lora_linear(x, *layers[0], mixed(6)),
     ):
-        with pytest.raises(ImplUnavailable) as caught:
+        with pytest.raises(ImplUnavailable, match='^TWN_IMPL="cuda" was .* or unset TWN_IMPL or use impl="triton" wh'):
             call()
-        assert str(caught.value) == NEEDS_NO_GRAD.replace("impl=", "TWN_IMPL=", 1).replace(
-            'use impl="triton" or impl="auto"', 'unset TWN_IMPL or use impl="triton"'
-        )
         assert extension.taken == []
 
 
