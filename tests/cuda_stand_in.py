@@ -13,6 +13,7 @@ from twn_kernels.impl.cuda import fitness, launch, loader, pooling
 from twn_kernels.impl.reference import gate
 from twn_kernels.impl.reference import pooling as pool
 from twn_kernels.impl.reference.group import _input as group_input
+from twn_kernels.ops import choice
 
 ARCHS = "8.0;9.0a;9.0+PTX"
 DECODE_ROWS = 64
@@ -107,6 +108,14 @@ def install(monkeypatch: pytest.MonkeyPatch, *, capability=(9, 0), archs: str = 
     for name in ("_kernels", "_none"):
         monkeypatch.setattr(launch, name, getattr(launch, name).__wrapped__)
     return stand_in
+
+
+def install_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extension itself where there is a GPU, or a skipped test where it does not run on that; else the stand-in."""
+    if not torch.cuda.is_available():
+        install(monkeypatch)
+    elif (reason := choice.unavailable_reason("cuda", torch.device("cuda"))) is not None:
+        pytest.skip(f"needs the CUDA extension: {' '.join(reason.split())}")
 
 
 def _check_words(tensor: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from group_cases import ROUTES, GroupCase, converted
 
-from twn_kernels.ops import choice, dual_lora_linear
+from twn_kernels.ops import dual_lora_linear
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -43,11 +43,7 @@ MORE_ROWS = (65, 127, 128, 129, 513)
 
 @pytest.fixture(autouse=True)
 def extension(monkeypatch):
-    """The extension, or its stand-in where there is no GPU."""
-    if not torch.cuda.is_available():
-        cuda_stand_in.install(monkeypatch)
-    elif (reason := choice.unavailable_reason("cuda", torch.device("cuda"))) is not None:
-        pytest.skip(f"needs the CUDA extension: {' '.join(reason.split())}")
+    cuda_stand_in.install_without_gpu(monkeypatch)
 
 
 def real(site: str, tokens: int, ranks=((64, 64),) * 3, routes="mixed", dtype=BF16, **fields) -> GroupCase:
