@@ -344,7 +344,13 @@ GROUP_CONTENDERS: dict[str, Contender] = {
     for contender in (
         Contender("fused_base", _ours("auto", base_only=True), is_baseline=False, base_only=True),
         # The base of cuda's own overhead: its kernels without adapters, whatever auto takes.
-        Contender("fused_base_cuda", _ours("cuda", base_only=True), False, True, passes=("forward", "decode")),
+        Contender(
+            "fused_base_cuda",
+            _ours("cuda", base_only=True),
+            is_baseline=False,
+            base_only=True,
+            passes=("forward", "decode"),
+        ),
         *(Contender(f"ours_{impl}", _ours(impl), is_baseline=False) for impl in IMPLS),
         Contender("plain", _plain, base_only=True),
         Contender("merged", _merged),

@@ -336,7 +336,13 @@ MODEL_CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender("fused_base", _ours("auto", base_only=True), is_baseline=False, base_only=True),
-        Contender("fused_base_cuda", _ours("cuda", base_only=True), False, True, passes=("forward", "decode")),
+        Contender(
+            "fused_base_cuda",
+            _ours("cuda", base_only=True),
+            is_baseline=False,
+            base_only=True,
+            passes=("forward", "decode"),
+        ),
         *(Contender(f"ours_{impl}", _ours(impl), is_baseline=False) for impl in IMPLS),
         Contender("plain", _plain, base_only=True, graph="never"),
         Contender("plain_graph", _plain, base_only=True, passes=("decode",)),
