@@ -11,7 +11,7 @@ import torch
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "ops")]
 
-from emulated import Emulator
+from emulated import Emulator, readable
 from group_cases import GroupCase, arguments, converted, eager_torch
 from host_program import needs_cxx
 
@@ -36,20 +36,6 @@ CASES = [
     GroupCase(5, 96, (64,), ((8, 8),), BF16, "base", front="norm", back="residual"),
 ]
 each_arch = pytest.mark.parametrize("arch", [80, 90, 120], ids=["sm80", "sm90", "sm120"])
-
-
-def readable(cut):
-    """Cut from a buffer of NaN with rows that begin at 16 bytes, as the kernel needs weights and x to lie."""
-
-    def view(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() != 2 or tensor.shape[1] % 8:
-            return cut(tensor)
-        buffer = torch.full((tensor.shape[0] + 2, tensor.shape[1] + 16), NAN, dtype=tensor.dtype)
-        inner = buffer[1:-1, 8:-8]
-        inner.copy_(tensor)
-        return inner
-
-    return view
 
 
 def hold(emulator: Emulator, args: dict, plan) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "ops")]
 
-from emulated import Group, described
+from emulated import Group, described, readable
 from group_cases import GroupCase, arguments, converted, eager_torch
 from host_program import library, needs_cxx
 
@@ -73,20 +73,6 @@ class Emulator:
         assert buffer[:, width:].isnan().all()
         assert buffer[-1].isnan().all()
         return y
-
-
-def readable(cut):
-    """Cut from a buffer of NaN with rows that begin at 16 bytes, as the kernel needs weights, A and x to lie."""
-
-    def view(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() != 2 or tensor.shape[1] % 8:
-            return cut(tensor)
-        buffer = torch.full((tensor.shape[0] + 2, tensor.shape[1] + 16), NAN, dtype=tensor.dtype)
-        inner = buffer[1:-1, 8:-8]
-        inner.copy_(tensor)
-        return inner
-
-    return view
 
 
 def hold(emulator: Emulator, args: dict, plan) -> torch.Tensor:
