@@ -69,7 +69,7 @@ def resolve(
             taken = _auto(device, dtype, site, tokens)
             return DEFAULT if differentiable and taken in _INFERENCE_ONLY else taken
         impl, source = override, ENV_IMPL
-    _check_name(impl, source)
+    check_name(impl, source)
     if differentiable:
         _check_backward(impl, source)
     _check_available(impl, device, dtype, source)
@@ -236,7 +236,8 @@ def _check_backward(impl: str, source: str) -> None:
         )
 
 
-def _check_name(impl: str, source: str) -> None:
+def check_name(impl: object, source: str) -> None:
+    """Raise OptionError unless ``impl``, which ``source`` gave (``"impl"`` or ``"TWN_IMPL"``), is an implementation."""
     if impl not in IMPLS:
         raise OptionError(f"{source} must be one of {quoted(IMPLS)}, got {impl!r}.{did_you_mean(impl, IMPLS)}")
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from twn_kernels.errors import ImplUnavailable, OptionError, did_you_mean, quoted
-from twn_kernels.settings import ENV_IMPL, IMPLS, impl_override
+from twn_kernels.ops.choice import check_name
+from twn_kernels.settings import ENV_IMPL, impl_override
 
 __all__ = ["SMALL_IMPLS", "check_impl", "gate_on_cuda", "gate_refusal", "pool_on_cuda", "pool_refusal", "takes_cuda"]
 
@@ -100,13 +101,8 @@ def gate_on_cuda(
 
 
 def _override() -> str:
-    override = impl_override()
-    if override is None:
-        return "auto"
-    if override not in IMPLS:
-        raise OptionError(
-            f"{ENV_IMPL} must be one of {quoted(IMPLS)}, got {override!r}.{did_you_mean(override, IMPLS)}"
-        )
+    override = impl_override() or "auto"
+    check_name(override, ENV_IMPL)
     return override
 
 
