@@ -143,4 +143,4 @@ def _not_covered(info: loader.BuildInfo, capability: tuple[int, int]) -> str | N
     if not info.built or covers(info.archs, capability):
         return None
     name = f"{capability[0]}.{capability[1]}"
-    return f"the extension is built for {info.archs}, not for this GPU ({name}).\n  Rebuild: {loader.REBUILD}"
+    return f"the extension is built for {info.archs}, not for this GPU ({name}).\n  Rebuild: {loader.REBUILD}  "
