@@ -202,12 +202,27 @@ class DecodeDevice {
     });
   }
 
-  TWN_DEVICE void add_partial(int slot, bool first) {
+  // In the order of the features; loads are under way together, of as many parts as registers allow.
+  TWN_DEVICE void sum_partials(TileParts parts, int tile) {
     if (!leads()) return;
-    each_quad([&](int quad, float (&sum)[4]) {
-      if (first) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-      add(sum, __ldcg(partial(slot, quad)));
-    });
+    clear();
+    constexpr int kAtOnce = Layout::kRowTiles * Layout::kTokenTiles <= 8 ? 4 : 2;
+    for (int first = 0; first < parts.count; first += kAtOnce) {
+      int slots[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        slots[i] = plan_.partial_slot(parts.first + smaller(first + i, parts.count - 1), tile);  // the last one again
+      }
+      each_quad([&](int quad, float (&sum)[4]) {
+        float4 found[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) found[i] = __ldcg(partial(slots[i], quad));
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first + i < parts.count) add(sum, found[i]);
+        }
+      });
+    }
   }
 
   // Into L2, long before they are used at the end of the tile: one request for 128 bytes.

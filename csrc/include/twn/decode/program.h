@@ -68,7 +68,7 @@ TWN_HD void run_tile(Ops& ops, const DecodePlan& plan, int block, int tile, int 
   if (parts.count > 1) {
     ops.store_partial(plan.partial_slot(block, tile));
     if (!ops.arrive_last(kTileArrivals + tile, parts.count)) return;
-    for (int i = 0; i < parts.count; ++i) ops.add_partial(plan.partial_slot(parts.first + i, tile), i == 0);
+    ops.sum_partials(parts, tile);
   }
   finish_tile(ops, plan, tile);
 }

@@ -172,10 +172,14 @@ class DecodeHost {
   void store_partial(int slot) {
     each_leader_sum([&](int thread, int quad, float* sum) { std::memcpy(partial(slot, thread, quad), sum, 16); });
   }
-  void add_partial(int slot, bool first) {
-    each_leader_sum([&](int thread, int quad, float* sum) {
-      for (int i = 0; i < 4; ++i) sum[i] = (first ? 0.0f : sum[i]) + partial(slot, thread, quad)[i];
-    });
+  void sum_partials(TileParts parts, int tile) {
+    clear();
+    for (int part = 0; part < parts.count; ++part) {
+      const int slot = plan_.partial_slot(parts.first + part, tile);
+      each_leader_sum([&](int thread, int quad, float* sum) {
+        for (int i = 0; i < 4; ++i) sum[i] += partial(slot, thread, quad)[i];
+      });
+    }
   }
 
   void ask_for_rows_of_b(TilePlace, int) {}
