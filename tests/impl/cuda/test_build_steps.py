@@ -7,6 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,20 @@ def test_only_what_a_header_reaches_is_compiled_again(tmp_path):
     header.write_text(header.read_text() + "\n")
     second = times()
     assert {name for name in first if first[name] != second[name]} == {"copy.cu.o"}
+
+
+def test_one_folder_is_built_in_by_one_at_a_time(tmp_path, monkeypatch):
+    inside, most = [], []
+
+    def slow(*arguments):
+        inside.append(arguments)
+        most.append(len(inside))
+        time.sleep(0.1)
+        inside.pop()
+        return {}
+
+    monkeypatch.setattr(build, "_compile_library", slow)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            pool.submit(build.compile_library, tmp_path, tmp_path / "build", tmp_path / "library", [], TOOLS)
+    assert most == [1, 1, 1, 1]

@@ -7,6 +7,7 @@ imported.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -214,6 +215,12 @@ def compile_library(csrc: Path, build: Path, library: Path, archs: Sequence[Arch
     Raises:
         CannotBuild: a compiler failed.
     """
+    build.mkdir(parents=True, exist_ok=True)
+    with _alone_in(build):
+        return _compile_library(csrc, build, library, archs, tools)
+
+
+def _compile_library(csrc: Path, build: Path, library: Path, archs: Sequence[Arch], tools: Tools) -> dict[str, str]:
     start, identity, plan = time.monotonic(), digest(csrc), steps(csrc, build, archs, tools)
     for folder in {library.parent, *(step.object.parent for step in plan)}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -242,6 +249,16 @@ def compile_library(csrc: Path, build: Path, library: Path, archs: Sequence[Arch
         "sources": identity,
         "seconds": f"{time.monotonic() - start:.0f}",
     }
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path):
+    """One build at a time: of two, one takes the other's notes on headers, and an object would be kept for ever."""
+    import fcntl  # of Unix; no other system gets here
+
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def jobs() -> int:
