@@ -146,6 +146,8 @@ def test_two_runs_are_paired_by_query_where_the_data_are_the_same(result):
     other_data = changed(worse, "data", "splits", "test", "digest", value="another")
     rows = {(row["split"], row["mode"]): row for row in tables.compare(result, other_data)}
     assert rows["test", "never"]["difference"] is None and rows["ood", "never"]["difference"] is not None
+    shown = tables.render_comparison(list(rows.values()), "other.json")
+    assert {line.split()[0] for line in shown.splitlines() if line.endswith("on other data")} == {"test"}
     assert tables.render_comparison([], "other.json") == "other.json has no split and mode in common with this run"
 
 

@@ -129,17 +129,18 @@ def compare(ours: Mapping[str, Any], other: Mapping[str, Any]) -> list[dict[str,
     """Two runs mode by mode on the splits that both have.
 
     Returns:
-        rows of ``split``, ``mode``, ``metric``, ``ours``, ``other``, and ``difference``: an interval paired by query,
-        for ``never`` and ``always`` where both ran on the same data and decided by the same metric; else None.
+        rows of ``split``, ``mode``, ``metric``, ``ours``, ``other``, ``same_data`` and ``difference``: an interval
+        paired by query, for ``never`` and ``always`` where both ran on the same data and decided by the same metric;
+        else None.
     """
     import numpy as np
 
     rows = []
     for name in [name for name in ours["splits"] if name in other["splits"]]:
         left, right = ours["splits"][name], other["splits"][name]
-        same = ours["metric"] == other["metric"] and all(
-            run["data"]["splits"][name]["digest"] == ours["data"]["splits"][name]["digest"] for run in (ours, other)
-        )
+        digests = [run["data"]["splits"][name]["digest"] for run in (ours, other)]
+        same_data = digests[0] == digests[1]
+        same = same_data and ours["metric"] == other["metric"]
         for mode in [mode for mode in left["modes"] if mode in right["modes"]]:
             values = [_of_queries(run, name, mode) for run in (ours, other)]
             difference = None
@@ -155,6 +156,7 @@ def compare(ours: Mapping[str, Any], other: Mapping[str, Any]) -> list[dict[str,
                     "metric": ours["metric"],
                     "ours": left["modes"][mode][ours["metric"]],
                     "other": right["modes"][mode].get(ours["metric"]),
+                    "same_data": same_data,
                     "difference": difference,
                 }
             )
@@ -180,6 +182,7 @@ def render_comparison(rows: Sequence[Mapping[str, Any]], other_name: str) -> str
         found = row["difference"]
         spread = "" if found is None else f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
         said = "" if found is None else verdict(found)
+        said = said if row["same_data"] else "on other data"
         other = "" if row["other"] is None else _score(row["other"])
         lines.append((row["split"], row["mode"], _score(row["ours"]), other, spread, said))
     if not lines:
