@@ -166,6 +166,16 @@ def test_status_of_a_patched_model(pair):
     assert "were not asked for" in peft.level_note
 
 
+def test_status_quotes_what_was_built(monkeypatch):
+    from twn_kernels.impl import cuda
+    from twn_kernels.impl.cuda.loader import BuildInfo
+
+    monkeypatch.setattr(cuda, "build_info", lambda: BuildInfo(False, "no nvcc was found"))
+    shown = status(patch(tiny_model("llama"), rank=2))
+    assert "not built (no nvcc was found" in shown.extension
+    assert f"\n  cuda extension {shown.extension}\n" in str(shown)
+
+
 def test_status_of_a_plain_model():
     shown = status(tiny_model("llama"))
     assert not shown.patched and str(shown) == "LlamaForCausalLM: not patched" and not shown.layers

@@ -201,6 +201,11 @@ def unavailable_reason(
     return None
 
 
+def extension() -> str:
+    """What of the CUDA extension is built, for what and where, or why it is not; builds and loads nothing."""
+    return str(load("cuda").build_info())
+
+
 def load(impl: str) -> ModuleType:
     """The package of one implementation, imported on first use."""
     return importlib.import_module(f"twn_kernels.impl.{impl}")

@@ -84,6 +84,7 @@ class Status:
         base_bytes: of all other parameters of the model.
         added_bytes: what ``patch`` added, packing included.
         packed_bytes: of that, what packing base weights beside ``lora_B`` added.
+        extension: what of the CUDA extension is built, for what and where, or why it is not.
         layers: one entry a patched layer.
     """
 
@@ -98,6 +99,7 @@ class Status:
     base_bytes: int = 0
     added_bytes: int = 0
     packed_bytes: int = 0
+    extension: str = ""
     layers: tuple[LayerStatus, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +118,7 @@ class Status:
             f"  default route  {self.default_route}",
             f"  current route  {self.current_route}",
             f"  bytes added    {self.added_bytes:,}{share}",
+            f"  cuda extension {self.extension}",
         ]
         groups: dict[tuple, list[LayerStatus]] = {}
         for layer in self.layers:
@@ -158,6 +161,7 @@ def status(model: nn.Module) -> Status:
         base_bytes=everything - adapter_bytes,
         added_bytes=sum(layer.added_bytes for layer in layers) + packed,
         packed_bytes=packed,
+        extension=choice.extension(),
         layers=layers,
     )
 

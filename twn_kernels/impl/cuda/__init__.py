@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from twn_kernels.impl.cuda.fitness import device_reason, refusal
 from twn_kernels.impl.cuda.launch import backward, fanout, forward, group, group_backward
-from twn_kernels.impl.cuda.loader import unavailable_reason
+from twn_kernels.impl.cuda.loader import build_info, unavailable_reason
 
 UNIFORM = True  # ``forward`` takes ``routes=None``: every row uses what is in ``present``
 GROUP_UNIFORM = True  # and so does ``group``
@@ -16,6 +16,7 @@ __all__ = [
     "GROUP_UNIFORM",
     "UNIFORM",
     "backward",
+    "build_info",
     "device_reason",
     "fanout",
     "forward",
