@@ -1,37 +1,18 @@
 // The threads of a block, one after the other in one host thread: the same programs, in the same order of summation.
 #pragma once
 
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <thread>
 #include <vector>
 
+#include "host_memory.h"
 #include "twn/small/gate.h"
 
 namespace twn::small {
 
-struct ThreadMemory {
-  static constexpr uint64_t kPatienceNanoseconds = 60'000'000'000;
-
-  static uint32_t load_acquire(const uint32_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-
-  static void store_release(uint32_t* word, uint32_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
-
-  static uint32_t increment_or_wrap(uint32_t* word, uint32_t last) {
-    uint32_t old = __atomic_load_n(word, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(word, &old, old >= last ? 0 : old + 1, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
-    }
-    return old;
-  }
-
-  static uint64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
-
-  static void pause() { std::this_thread::yield(); }
-};
-
 // No tag is ever seen, and no patience: every wait runs out.
-struct DeafMemory : ThreadMemory {
+struct DeafMemory : twn_host::HostMemory {
   static constexpr uint64_t kPatienceNanoseconds = 0;
   static uint32_t load_acquire(const uint32_t*) { return 0; }
 };
@@ -123,7 +104,7 @@ struct GateStream {
   std::vector<uint32_t> words = std::vector<uint32_t>(kGateSyncWords, 0);
   uint32_t report = 0;
 
-  template <typename Memory = ThreadMemory>
+  template <typename Memory = twn_host::HostMemory>
   void launch(Gate gate, int blocks) {
     const size_t size = static_cast<size_t>(gate.rows) * gate.pitch + 4;
     std::vector<float> buffers[2];
