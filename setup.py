@@ -31,10 +31,14 @@ def load_by_path(path: Path):
 build = load_by_path(ROOT / "twn_kernels" / "impl" / "cuda" / "build.py")
 
 
+def require_if_wanted(reason: str) -> None:
+    if WANTED == "1" and reason:
+        raise SystemExit(f"twn_kernels: CUDA extension: not built ({reason}). Fix it, or set TWN_BUILD_CUDA=0")
+
+
 def report(package: Path, built: dict[str, str], reason: str) -> None:
     """One line for the person who installs, and a record for ``env``, ``doctor`` and the errors of ``impl="cuda"``."""
-    if WANTED == "1" and not built:
-        raise SystemExit(f"twn_kernels: CUDA extension: not built ({reason}). Fix it, or set TWN_BUILD_CUDA=0")
+    require_if_wanted(reason)
     record = {"built": bool(built), "reason": reason, "wanted": WANTED, **built}
     (package / "_build_info.json").write_text(json.dumps(record) + "\n")
     words = "for {archs} with nvcc {nvcc} in {seconds} s".format(**built) if built else f"not built ({reason})"
@@ -57,6 +61,10 @@ class BuildPackage(build_py):
 
 
 class BuildExtension(build_ext):
+    def run(self) -> None:
+        require_if_wanted(REASON)  # called by itself, with nothing to build, this command would end well
+        super().run()
+
     # Plain compiler commands: torch's own helper would ask the GPU for its architecture.
     def build_extension(self, ext: Extension) -> None:
         library, built, reason = Path(self.get_ext_fullpath(ext.name)).resolve(), {}, ""

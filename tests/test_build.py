@@ -233,6 +233,12 @@ def test_a_failed_build_never_fails_an_auto_install(project, variables, reason):
     assert reason in done.stderr and done.stderr.rstrip().endswith("Fix it, or set TWN_BUILD_CUDA=0")
 
 
+def test_the_command_of_the_extension_alone_fails_too_where_it_was_asked_for(project):
+    done = setup(project, "build_ext", "--inplace", TWN_BUILD_CUDA="1", CXX="/nonexistent/g++")
+    assert done.returncode != 0
+    assert "not built (no C++ compiler: /nonexistent/g++ was not found; install g++ or set CXX)" in done.stderr
+
+
 def test_an_unknown_switch_is_named(project):
     done = setup(project, "build", TWN_BUILD_CUDA="yes")
     assert done.returncode != 0
