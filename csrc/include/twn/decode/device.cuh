@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "twn/decode/fronts.cuh"
 #include "twn/decode/layout.h"
 #include "twn/decode/program.h"
 #include "twn/device_memory.cuh"
@@ -96,7 +97,8 @@ class DecodeDevice {
     const Group& group = plan_.group;
     const T* x = static_cast<const T*>(group.x) + token * group.x_pitch;
     T* z = reinterpret_cast<T*>(workspace_ + plan_.z_offset) + static_cast<int64_t>(token) * group.in_features;
-    group.front == Front::kNorm ? normalise(x, z) : gate(x, z);
+    FrontRow<T> row{group, scratch_};
+    group.front == Front::kNorm ? row.normalise(x, z) : row.gate(x, z);
   }
 
   // ---- the shrink: a tile of ranks over a slice of the features ----
@@ -311,9 +313,6 @@ class DecodeDevice {
   TWN_DEVICE static float nan() { return __int_as_float(0x7fffffff); }
   TWN_DEVICE static bool leads() { return warp_chunk_group(warp()) == 0; }
   TWN_DEVICE static float4 as_float4(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
-  TWN_DEVICE static bool aligned(const void* pointer, int64_t pitch) {
-    return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(pitch * 2)) % 16 == 0;
-  }
   TWN_DEVICE static uint4 shared_vector(const char* address) { return *reinterpret_cast<const uint4*>(address); }
 
   TWN_DEVICE static void add(float (&sum)[4], float4 more) {
@@ -347,9 +346,6 @@ class DecodeDevice {
       return found;
     }
   }
-
-  // Of what other blocks wrote: from L2.
-  TWN_DEVICE static uint4 load_written(const T* source) { return __ldcg(reinterpret_cast<const uint4*>(source)); }
 
   template <typename Function>
   TWN_DEVICE void each_quad(Function&& function) {
@@ -491,74 +487,6 @@ class DecodeDevice {
         if (i < count) value[i] += Number<T>::wide_one(source[i]);
       }
     }
-  }
-
-  // ---- fronts ----
-
-  TWN_DEVICE static void widen(float (&wide)[kVectorFeatures], const T* source) {
-    const uint4 vector = load_written(source);
-    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = Number<T>::wide(words[i]);
-      wide[2 * i] = pair.x;
-      wide[2 * i + 1] = pair.y;
-    }
-  }
-
-  TWN_DEVICE static void narrow(T* target, const float (&wide)[kVectorFeatures]) {
-    *reinterpret_cast<uint4*>(target) = make_uint4(Number<T>::narrow(wide[0], wide[1]), Number<T>::narrow(wide[2], wide[3]),
-                                                   Number<T>::narrow(wide[4], wide[5]), Number<T>::narrow(wide[6], wide[7]));
-  }
-
-  // Rounded twice, where transformers rounds: x / rms, then its product with the weight.
-  TWN_DEVICE void normalise(const T* x, T* z) {
-    const Group& group = plan_.group;
-    float wide[kVectorFeatures], sum = 0.0f;
-    for (int f = threadIdx.x * kVectorFeatures; f < group.in_features; f += kDecodeThreads * kVectorFeatures) {
-      widen(wide, x + f);
-      for (int i = 0; i < kVectorFeatures; ++i) sum += wide[i] * wide[i];
-    }
-    const float scale = rsqrtf(block_sum(sum) / static_cast<float>(group.in_features) + group.eps);
-    for (int f = threadIdx.x * kVectorFeatures; f < group.in_features; f += kDecodeThreads * kVectorFeatures) {
-      float weight[kVectorFeatures];
-      widen(wide, x + f);
-      read_norm_weight(weight, f);
-      for (int i = 0; i < kVectorFeatures; ++i) {
-        wide[i] = weight[i] * Number<T>::wide_one(Number<T>::narrow_one(wide[i] * scale));
-      }
-      narrow(z + f, wide);
-    }
-  }
-
-  TWN_DEVICE void read_norm_weight(float (&weight)[kVectorFeatures], int feature) const {
-    const T* alike = static_cast<const T*>(plan_.group.norm_weight) + feature;
-    const float* wide = static_cast<const float*>(plan_.group.norm_weight) + feature;
-    if (!plan_.group.norm_is_wide && aligned(alike, 0)) return widen(weight, alike);
-    for (int i = 0; i < kVectorFeatures; ++i) weight[i] = plan_.group.norm_is_wide ? wide[i] : Number<T>::wide_one(alike[i]);
-  }
-
-  TWN_DEVICE void gate(const T* x, T* z) {
-    const int features = plan_.group.in_features;
-    float wide[kVectorFeatures], up[kVectorFeatures];
-    for (int f = threadIdx.x * kVectorFeatures; f < features; f += kDecodeThreads * kVectorFeatures) {
-      widen(wide, x + f);
-      widen(up, x + features + f);
-      for (int i = 0; i < kVectorFeatures; ++i) wide[i] = silu(wide[i]) * up[i];
-      narrow(z + f, wide);
-    }
-  }
-
-  // In an order of its own, the same every time.
-  TWN_DEVICE float block_sum(float value) {
-    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-    __syncthreads();
-    if (lane() == 0) scratch_[warp()] = value;
-    __syncthreads();
-    float sum = 0.0f;
-    for (int i = 0; i < kWarps; ++i) sum += scratch_[i];
-    __syncthreads();
-    return sum;
   }
 
   const DecodePlan& plan_;
