@@ -1,13 +1,11 @@
 """A tiny model with a real tokenizer and a real processor, saved as any HuggingFace directory.
 
-Owns the tokenizer (a byte-level BPE like Qwen's, trained here on a few sentences), the chat template, the processor and
-the tuning of the output layer; the model itself is :mod:`twn_kernels.testing.tiny_models`'. Nothing is downloaded.
+Owns the tokenizer's few sentences and the tuning of the output layer; the model itself is
+:mod:`twn_kernels.testing.tiny_models`', tokenizer and processor are :mod:`twn_kernels.testing.qwen_processor`'s.
 """
 
 from __future__ import annotations
 
-import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,19 @@ import torch
 
 from twn_kernels.errors import OptionError, did_you_mean, quoted
 from twn_kernels.testing.ownership import claim, mark
+from twn_kernels.testing.qwen_processor import (
+    EOS,
+    PAD,
+    SPECIAL_TOKENS,
+    THINK_TOKENS,
+    qwen_token_ids,
+    qwen_tokenizer,
+    write_processor,
+)
 from twn_kernels.testing.tiny_models import FAMILIES, VISION_FAMILIES, tiny_config, tiny_model
 
 __all__ = ["SPECIAL_TOKENS", "THINK_TOKENS", "write_tiny_model"]
 
-SPECIAL_TOKENS = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
-)
-THINK_TOKENS = ("<think>", "</think>")
-
-_PAD, _EOS = "<|endoftext|>", "<|im_end|>"
-_MERGES = 128
-# The split of Qwen's tokenizers: contractions, words with their leading space, single digits, punctuation, white space.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CORPUS = (
     "The old temple stands above the trees; its roofs are gold and red in the evening light.",
     "A red flower grows in the garden, and a small bird rests on the stone wall.",
@@ -41,42 +36,13 @@ _CORPUS = (
     "system user assistant thinking image video question answer query document page",
 )
 
-_TEMPLATE = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string %}
-{{- message['content'] }}
-{%- else %}
-{%- for part in message['content'] %}
-MEDIA
-{{- part['text'] }}
-{%- endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-_MEDIA = """\
-{%- if part['type'] == 'image' %}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif part['type'] == 'video' %}
-{{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-{%- elif part['type'] == 'text' %}"""
-_NO_MEDIA = "{%- if part['type'] == 'text' %}"
-
-# Smallest and largest area of an image, and of all frames of a video together, in pixels; a token is 8 x 8 of them.
-_IMAGE_AREA = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-_VIDEO_AREA = {"shortest_edge": 2 * 16 * 16, "longest_edge": 4 * 64 * 64}
 # Random attention averages its context away and greedy text would forget the prompt; larger output projections keep it.
 _ATTENTION_GAIN = 2.0
 _ATTENTION_OUTPUTS = ("o_proj.weight", "attention.dense.weight")
 _THOUGHT_TOKENS = 24
 _FREE_STEPS = 3
 # Share of the prompts below whose greedy text writes the token within that many.
-_STOP_SHARES = {"</think>": 0.35, _EOS: 0.2}
+_STOP_SHARES = {"</think>": 0.35, EOS: 0.2}
 _PROMPTS = tuple(f"{head} {tail}" for head in _CORPUS[:4] for tail in ("Why?", "In one word.", "Name it.", "12"))
 
 
@@ -123,67 +89,21 @@ def write_tiny_model(
         raise OptionError(f"{quoted(taken)} cannot be chosen: the vocabulary is that of the tokenizer written with it")
     out = claim(directory)
     mark(out)
-    tokenizer = _tokenizer(family, think_tokens)
+    tokenizer = qwen_tokenizer(family, _CORPUS, think_tokens=think_tokens)
     config = _config(family, tokenizer, overrides)
     model = tiny_model(family, seed=seed, config=config)
     _set_generation(model, tokenizer)
     _tune_output(model, tokenizer, seed)
     model.to(dtype).save_pretrained(out)
     if family in VISION_FAMILIES:
-        _write_processor(out, family, tokenizer, config.vision_config)
+        write_processor(out, family, tokenizer, config.vision_config)
     else:
         tokenizer.save_pretrained(out)
     return out
 
 
-def _tokenizer(family: str, think_tokens: bool):
-    """Qwen2's tokenizer class over a vocabulary of the 256 bytes, the merges of the corpus and the added tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import Qwen2TokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(alphabet) + _MERGES, initial_alphabet=alphabet, min_frequency=2, show_progress=False
-    )
-    bpe.train_from_iterator(_CORPUS, trainer)
-    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    if think_tokens:
-        bpe.add_tokens([AddedToken(token, normalized=False) for token in THINK_TOKENS])
-    with tempfile.TemporaryDirectory() as directory:
-        bpe.save(str(Path(directory) / "tokenizer.json"))
-        tokenizer = Qwen2TokenizerFast.from_pretrained(
-            directory,
-            unk_token=None,
-            eos_token=_EOS,
-            pad_token=_PAD,
-            padding_side="left",
-            model_max_length=4096,
-            clean_up_tokenization_spaces=False,
-        )
-    tokenizer.chat_template = _TEMPLATE.replace("MEDIA", _MEDIA if family in VISION_FAMILIES else _NO_MEDIA)
-    return tokenizer
-
-
 def _config(family: str, tokenizer, overrides: dict[str, Any]):
-    token_id = tokenizer.convert_tokens_to_ids
-    ids = {"bos_token_id": token_id(_PAD), "eos_token_id": token_id(_EOS), "pad_token_id": token_id(_PAD)}
-    if family in VISION_FAMILIES:
-        ids |= {
-            "image_token_id": token_id("<|image_pad|>"),
-            "video_token_id": token_id("<|video_pad|>"),
-            "vision_start_token_id": token_id("<|vision_start|>"),
-            "vision_end_token_id": token_id("<|vision_end|>"),
-        }
-    return tiny_config(family, vocab_size=len(tokenizer), **ids, **overrides)
+    return tiny_config(family, vocab_size=len(tokenizer), **qwen_token_ids(tokenizer, family), **overrides)
 
 
 def _tune_output(model: torch.nn.Module, tokenizer, seed: int) -> None:
@@ -236,43 +156,7 @@ def _is_text(tokenizer, index: int) -> bool:
 
 def _set_generation(model: torch.nn.Module, tokenizer) -> None:
     generation = model.generation_config
-    generation.bos_token_id = tokenizer.convert_tokens_to_ids(_PAD)
-    generation.pad_token_id = tokenizer.convert_tokens_to_ids(_PAD)
-    generation.eos_token_id = [tokenizer.convert_tokens_to_ids(token) for token in (_EOS, _PAD)]
+    generation.bos_token_id = tokenizer.convert_tokens_to_ids(PAD)
+    generation.pad_token_id = tokenizer.convert_tokens_to_ids(PAD)
+    generation.eos_token_id = [tokenizer.convert_tokens_to_ids(token) for token in (EOS, PAD)]
     generation.do_sample = False
-
-
-def _write_processor(out: Path, family: str, tokenizer, vision) -> None:
-    """Save the family's processor; without torchvision, the same files without a processor of videos."""
-    import transformers
-
-    sizes = {
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.spatial_merge_size,
-    }
-    look = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]} if family == "qwen3_vl" else {}
-    if not _has_torchvision():
-        image = transformers.Qwen2VLImageProcessorPil(size=dict(_IMAGE_AREA), **sizes, **look)
-        image.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        return
-    image = transformers.Qwen2VLImageProcessor(size=dict(_IMAGE_AREA), **sizes, **look)
-    video_class, processor_class, more = {
-        "qwen2_vl": (transformers.Qwen2VLVideoProcessor, transformers.Qwen2VLProcessor, {}),
-        "qwen2_5_vl": (transformers.Qwen2VLVideoProcessor, transformers.Qwen2_5_VLProcessor, {}),
-        # Unset, transformers warns at each video that the default will become True.
-        "qwen3_vl": (transformers.Qwen3VLVideoProcessor, transformers.Qwen3VLProcessor, {"cap_pixels_per_frame": True}),
-    }[family]
-    video = video_class(size=dict(_VIDEO_AREA), min_frames=2, max_frames=16, **sizes, **look, **more)
-    processor = processor_class(
-        image_processor=image, tokenizer=tokenizer, video_processor=video, chat_template=tokenizer.chat_template
-    )
-    processor.save_pretrained(out)
-
-
-def _has_torchvision() -> bool:
-    try:
-        return find_spec("torchvision") is not None
-    except ValueError:  # sys.modules holds None in its place
-        return False
