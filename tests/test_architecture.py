@@ -24,12 +24,16 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "patching": {"modules", "ops", "checkpoint"},
     "pipeline": {"patching", "modules", "ops", "checkpoint"},
-    "training": {"pipeline", "patching", "modules", "ops", "checkpoint"},
+    "training": {"evaluation", "testing", "pipeline", "patching", "modules", "ops", "checkpoint"},
     "evaluation": {"pipeline", "patching", "modules", "ops", "checkpoint"},
     "integrations": {"evaluation", "training", "pipeline", "patching", "modules", "ops", "checkpoint"},
     "env": {"ops", "impl"},
     "doctor": {"ops", "impl", "testing", "env"},
-    "demo": {"benchmarking", "testing", "pipeline", "patching", "modules", "ops", "checkpoint"},
+    "demo": {
+        *("benchmarking", "evaluation", "shipped", "testing"),
+        *("pipeline", "patching", "modules", "ops", "checkpoint"),
+    },
+    "shipped": set(),
     "cli": {
         *("benchmarking", "doctor", "demo", "env", "evaluation", "training"),
         *("pipeline", "patching", "ops", "checkpoint"),

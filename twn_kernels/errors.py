@@ -22,6 +22,7 @@ __all__ = [
     "ResultError",
     "ShapeError",
     "TableError",
+    "TrainingError",
     "TWNError",
     "TWNWarning",
     "UnsupportedModel",
@@ -78,6 +79,10 @@ class ResultError(TWNError, ValueError):
 
 class TableError(TWNError, ValueError):
     """A data file of the package or of a benchmark has an entry that it may not have."""
+
+
+class TrainingError(TWNError, RuntimeError):
+    """A training run cannot go on; the last good state is kept, and the message says where."""
 
 
 class MissingDependency(TWNError, ImportError):

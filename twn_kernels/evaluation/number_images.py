@@ -62,7 +62,13 @@ def load_pools() -> DigitPools:
 
 
 def drawn(
-    number: int, pools: DigitPools, pool: tuple[str, str], choose: random.Random, *, degraded: bool = False
+    number: int,
+    pools: DigitPools,
+    pool: tuple[str, str],
+    choose: random.Random,
+    *,
+    degraded: bool = False,
+    varied: bool = False,
 ) -> tuple[np.ndarray, list[int]]:
     """A picture of a number from 0 to 99, and the places of the samples that it shows.
 
@@ -71,6 +77,7 @@ def drawn(
         pools, pool: where samples come from.
         choose: picks samples, places and damage.
         degraded: turn, blur, cover and speckle it.
+        varied: slant and stretch each digit a little, so that few samples make many pictures; for training alone.
 
     Returns:
         uint8 ``[SIZE, SIZE]``, and one place a digit.
@@ -85,8 +92,22 @@ def drawn(
     top = (SIZE - _DIGIT) // 2 + int(choose.random() * 17) - 8
     for index, sample in enumerate(samples):
         digit = Image.fromarray(pools.images[sample]).resize((_DIGIT, _DIGIT), Image.Resampling.BILINEAR)
+        digit = _varied(digit, choose) if varied else digit
         canvas.paste(digit, (left + index * _DIGIT, top))
     return (_degraded(canvas, choose) if degraded else np.asarray(canvas)), samples
+
+
+def _varied(digit, choose: random.Random):
+    """A digit slanted, stretched and moved within its square; never turned, blurred or covered, as tests may be."""
+    from PIL import Image
+
+    wide, high = (0.85 + 0.3 * choose.random() for _ in range(2))
+    slant = 0.4 * choose.random() - 0.2
+    right, down = (4 * choose.random() - 2 for _ in range(2))
+    middle = _DIGIT / 2
+    # Where each pixel of the result is taken from: x' = a x + b y + c, y' = d x + e y + f.
+    matrix = (wide, slant, middle * (1 - wide - slant) + right, 0.0, high, middle * (1 - high) + down)
+    return digit.transform((_DIGIT, _DIGIT), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=255)
 
 
 def _degraded(canvas, choose: random.Random) -> np.ndarray:

@@ -19,7 +19,7 @@ from twn_kernels.evaluation.dataset import Entry, write_dataset
 from twn_kernels.evaluation.number_images import DigitPools, drawn, load_pools, write_png
 from twn_kernels.evaluation.number_words import BINARY, OPERATIONS, Step, applied
 
-__all__ = ["SPLITS", "UNSEEN_COMPOSITIONS", "held_out_pairs", "make_number_task"]
+__all__ = ["SPLITS", "UNSEEN_COMPOSITIONS", "held_out_pairs", "known_steps", "make_number_task"]
 
 # Two operations in a row that training never shows, though it shows each of them, first and second.
 UNSEEN_COMPOSITIONS = frozenset(
@@ -119,12 +119,12 @@ def held_out_pairs(seed: int) -> frozenset[tuple[str, int, int]]:
     choose = random.Random(f"number task {seed}: pairs")
     found = set()
     for operation in OPERATIONS:
-        keys = sorted({step.key for step in _steps(operation)})
+        keys = sorted({step.key for step in known_steps(operation)})
         found |= {key for key in keys if choose.random() < _HELD_OUT_SHARE}
     return frozenset(found)
 
 
-def _steps(operation: str) -> Iterator[Step]:
+def known_steps(operation: str) -> Iterator[Step]:
     """Every application of an operation whose value is a number of the task; second operands have one digit."""
     for before in range(1, 100):
         for operand in range(2 if operation == "times" else 1, 10) if operation in BINARY else (0,):
@@ -144,7 +144,7 @@ class _Writer:
     def __init__(self, folder: Path, pools: DigitPools, copies: int, seed: int) -> None:
         self.folder, self.pools, self.copies, self.seed = folder, pools, copies, seed
         self.held = held_out_pairs(seed)
-        self.by_operation = {operation: list(_steps(operation)) for operation in OPERATIONS}
+        self.by_operation = {operation: list(known_steps(operation)) for operation in OPERATIONS}
 
     def documents(self, name: str) -> list[Entry]:
         choose = random.Random(f"number task {self.seed}: documents of {name}")

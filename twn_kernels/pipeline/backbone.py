@@ -164,8 +164,23 @@ class Backbone:
             embeds = torch.cat([embeds, tail.to(embeds)], dim=1)
             mask = torch.cat([mask, mask.new_ones(tail.shape[:2])], dim=1)
             positions = torch.cat([positions, self.text_positions(prompt.next_position, tail.shape[1])], dim=-1)
+        return self.run(embeds, mask, positions, prompt.media, cache)
+
+    def run(self, embeds: Tensor, mask: Tensor | dict[str, Tensor], positions: Tensor, media: dict, cache=None) -> Tensor:
+        """Hidden states of a whole sequence that the caller has laid out.
+
+        Args:
+            embeds: ``[batch, tokens, hidden]``; the pixels of ``media`` take the place of their placeholders' vectors.
+            mask: ``[batch, tokens]``, or prepared as in :meth:`continue_`.
+            positions: as in :class:`Prompt`.
+            media: of a :class:`Prompt`.
+            cache: filled with all of it; None: no cache is kept.
+
+        Returns:
+            ``[batch, tokens, hidden]`` of the last layer, after its norm.
+        """
         known = inspect.signature(self.inner.forward).parameters
-        media = {name: value for name, value in prompt.media.items() if name in known}
+        media = {name: value for name, value in media.items() if name in known}
         return self._run(self.inner if media else self.decoder, embeds, mask, positions, cache, **media)
 
     def continue_(self, embeds: Tensor, mask: Tensor | dict[str, Tensor], first: Tensor, cache) -> Tensor:

@@ -1,0 +1,110 @@
+"""Examples to train on, from a data folder in BEIR's format, in an order that a seed alone decides.
+
+A query brings its positives by the folder's qrels and, in ``metadata.thought``, the thought that ``reasoning`` learns
+to write. Owns the order: which example comes when does not depend on anything that happened before, so a run that was
+stopped goes on with the very batch that would have come next.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from twn_kernels.errors import DataError
+from twn_kernels.evaluation.dataset import Entry, read_split
+
+__all__ = ["Example", "Examples", "Stream", "read_examples"]
+
+
+class Example(NamedTuple):
+    """A query, one of its positives, and what is relevant to it.
+
+    Attributes:
+        query, document: entries of the data folder.
+        relevant: ids of every positive of the query.
+    """
+
+    query: Entry
+    document: Entry
+    relevant: frozenset[str]
+
+    @property
+    def thought(self) -> str:
+        """The thought of the query; empty where the data has none."""
+        return str(self.query.metadata.get("thought") or "")
+
+
+class Examples:
+    """The training queries of a folder, by place.
+
+    Args:
+        queries: in the folder's order.
+        documents: by id.
+        relevant: query id to ids of its positives.
+    """
+
+    def __init__(self, queries: Sequence[Entry], documents: dict[str, Entry], relevant: dict[str, list[str]]) -> None:
+        self.queries, self.documents = list(queries), documents
+        self._positives = relevant
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def example(self, place: int, choose: random.Random) -> Example:
+        """The query at ``place`` with a positive that ``choose`` picks."""
+        query = self.queries[place]
+        positives = self._positives[query.id]
+        return Example(query, self.documents[choose.choice(positives)], frozenset(positives))
+
+    def divided(self, share: float, seed: int) -> tuple[Examples, Examples]:
+        """Two disjoint parts, the second with ``share`` of the queries, drawn by ``seed``."""
+        places = list(range(len(self)))
+        random.Random(f"divided {seed}").shuffle(places)
+        border = len(places) - round(len(places) * share)
+        parts = (sorted(places[:border]), sorted(places[border:]))
+        return tuple(Examples([self.queries[i] for i in part], self.documents, self._positives) for part in parts)
+
+
+class Stream:
+    """Examples without end: each pass over the queries in another order, positives drawn anew.
+
+    Args:
+        examples: what is drawn from.
+        count: the length that a trainer sees.
+        seed: of order and positives.
+    """
+
+    def __init__(self, examples: Examples, count: int, seed: int) -> None:
+        self.examples, self.count, self.seed = examples, count, seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        turn, place = divmod(index, len(self.examples))
+        if self._order[0] != turn:
+            order = list(range(len(self.examples)))
+            random.Random(f"stream {self.seed}: {turn}").shuffle(order)
+            self._order = (turn, order)
+        return self.examples.example(self._order[1][place], random.Random(f"example {self.seed}: {index}"))
+
+
+def read_examples(folder: str | Path, split: str = "train") -> Examples:
+    """The queries of a split, its documents and judgments.
+
+    Raises:
+        DataError: the folder is not whole, or no query of the split has a thought to learn.
+    """
+    found = read_split(folder, split)
+    if not any(query.metadata.get("thought") for query in found.queries):
+        raise DataError(
+            f'split "{split}" of "{folder}" has no thought to learn: no query has metadata.thought. '
+            "Write the thoughts there as strings, or train on a folder that has them."
+        )
+    relevant = {
+        query.id: sorted(name for name, score in found.qrels[query.id].items() if score > 0) for query in found.queries
+    }
+    return Examples(found.queries, {document.id: document for document in found.documents}, relevant)

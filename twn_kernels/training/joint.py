@@ -1,0 +1,111 @@
+"""Joint training of both adapters and the queries, with large contrastive batches in small memory.
+
+A step's batch runs in chunks. Where there are several, vectors are first computed without a graph, the contrastive loss
+of the whole batch gives each vector its gradient, and every chunk then runs once more with a graph that this gradient
+enters (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twn_kernels.pipeline.processor import Processor
+from twn_kernels.training.examples import Example
+from twn_kernels.training.joint_forward import Trainee
+from twn_kernels.training.losses import info_nce
+from twn_kernels.training.sequences import Rows
+from twn_kernels.training.stage_trainer import StageTrainer
+
+__all__ = ["JointCollator", "JointTrainer"]
+
+
+class JointCollator:
+    """Examples to chunks of encoded queries and documents.
+
+    Args:
+        processor: the model's.
+        ending: text that closes a thought.
+        chunk_size: examples of one forward.
+        query_prompt, document_prompt: instructions, as the embedder would be given.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        ending: str,
+        chunk_size: int,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+    ) -> None:
+        self.processor, self.ending, self.chunk_size = processor, ending, chunk_size
+        self.prompts = (query_prompt, document_prompt)
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        size = self.chunk_size
+        chunks = [self._chunk(examples[start : start + size]) for start in range(0, len(examples), size)]
+        ids = [example.document.id for example in examples]
+        positives = torch.tensor([[name in example.relevant for name in ids] for example in examples])
+        return {"chunks": chunks, "positives": positives}
+
+    def _chunk(self, examples: Sequence[Example]) -> tuple[Rows, Rows]:
+        encode = self.processor.token_ids
+        thoughts = [encode(example.thought + self.ending) if example.thought else [] for example in examples]
+        queries = self._encoded([example.query.input for example in examples], self.prompts[0])
+        documents = self._encoded([example.document.input for example in examples], self.prompts[1])
+        return Rows(queries, thoughts), Rows(documents)
+
+    def _encoded(self, inputs: list, prompt: str | None):
+        return self.processor.batch([self.processor.parse(value, i) for i, value in enumerate(inputs)], prompt)
+
+
+class JointTrainer(StageTrainer):
+    """``settings`` has, beside a stage's own, ``temperature``, ``thought_weight``, ``plain_weight`` and
+    ``thoughtful_weight``."""
+
+    def step(self, model: Trainee, batch: dict[str, Any]) -> dict[str, Tensor]:
+        chunks, positives = batch["chunks"], batch["positives"]
+        tokens = max(1, sum(len(thought) for queries, _ in chunks for thought in queries.thoughts))
+        if len(chunks) == 1:
+            vectors, thought = self._chunk(model, chunks[0])
+            losses = self._contrastive(vectors, positives)
+            losses["thought_loss"] = thought / tokens
+            loss = self._weighted(losses)
+            self.accelerator.backward(loss)
+            return {"loss": loss} | losses
+        with torch.no_grad():
+            cached = [self._chunk(model, chunk)[0] for chunk in chunks]
+        whole = [torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)]
+        losses = self._contrastive(whole, positives)
+        gradients = torch.autograd.grad(self._weighted(losses), whole)
+        thoughts, start = 0.0, 0
+        for chunk in chunks:
+            vectors, thought = self._chunk(model, chunk)
+            end = start + len(vectors[0])
+            surrogate = sum((v * g[start:end]).sum() for v, g in zip(vectors, gradients, strict=True))
+            self.accelerator.backward(surrogate + self.settings.thought_weight * thought / tokens)
+            thoughts, start = thoughts + thought.detach(), end
+        losses["thought_loss"] = thoughts / tokens
+        return {"loss": self._weighted(losses).detach()} | losses
+
+    @staticmethod
+    def _chunk(model: Trainee, chunk: tuple[Rows, Rows]) -> tuple[list[Tensor], Tensor]:
+        """Vectors of queries, plain and thoughtful, and of documents; sum of the thoughts' losses."""
+        queries, documents = model(chunk[0]), model(chunk[1])
+        thoughtful = queries.plain if queries.thoughtful is None else queries.thoughtful
+        vectors = [model.pooled(states) for states in (queries.plain, thoughtful, documents.plain)]
+        return vectors, model.thought_loss(queries)
+
+    def _contrastive(self, vectors: Sequence[Tensor], positives: Tensor) -> dict[str, Tensor]:
+        plain, thoughtful, documents = vectors
+        temperature = self.settings.temperature
+        return {
+            "plain_loss": info_nce(plain, documents, positives, temperature),
+            "thoughtful_loss": info_nce(thoughtful, documents, positives, temperature),
+        }
+
+    def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
+        return sum(getattr(self.settings, name.replace("_loss", "_weight")) * loss for name, loss in losses.items())

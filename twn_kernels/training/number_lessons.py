@@ -1,0 +1,94 @@
+"""What the small backbone learns before it is frozen: to read digits and number words, and single steps of arithmetic.
+
+A backbone stands for a pretrained model: it can see and calculate, and knows nothing of embedding, of chains of steps
+or of when to think. Nothing that the number task holds out from training is in a lesson.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+from PIL import Image
+
+from twn_kernels.evaluation import number_words as words
+from twn_kernels.evaluation.number_images import drawn, load_pools
+from twn_kernels.evaluation.number_task import held_out_pairs, known_steps
+from twn_kernels.evaluation.number_words import BINARY, OPERATIONS, Step, applied
+
+__all__ = ["Lesson", "Lessons"]
+
+_MOST_FACTS = 3
+_POOLS = (("train", "document"), ("train", "query"))
+
+
+class Lesson(NamedTuple):
+    """One turn of a user and the reply to it.
+
+    Attributes:
+        text, image: of the user; at least one of them.
+        reply: of the model.
+    """
+
+    text: str
+    image: Image.Image | None
+    reply: str
+
+
+class Lessons:
+    """Lessons by index; each index always gives the same one.
+
+    Args:
+        count: how many there are.
+        seed: of what they hold.
+        task_seed: of the number task whose held-out operands are avoided.
+    """
+
+    def __init__(self, count: int, *, seed: int = 0, task_seed: int = 0) -> None:
+        self.count, self.seed = count, seed
+        self._pools = load_pools()
+        held = held_out_pairs(task_seed)
+        self._steps = {name: [step for step in known_steps(name) if step.key not in held] for name in OPERATIONS}
+        self._kinds = {self._reading: 0.35, self._facts: 0.3, self._step: 0.3, self._word: 0.05}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Lesson:
+        choose = random.Random(f"lesson {self.seed}: {index}")
+        make = choose.choices(list(self._kinds), list(self._kinds.values()))[0]
+        return make(choose)
+
+    def _picture(self, number: int, choose: random.Random) -> Image.Image:
+        pixels, _ = drawn(number, self._pools, choose.choice(_POOLS), choose, varied=True)
+        return Image.fromarray(pixels).convert("RGB")
+
+    def _any_step(self, choose: random.Random) -> Step:
+        return choose.choice(self._steps[choose.choice(OPERATIONS)])
+
+    def _reading(self, choose: random.Random) -> Lesson:
+        number = choose.randrange(100)
+        text = choose.choice(["", *words.phrases([], by_image=True, unseen=False)])
+        return Lesson(text, self._picture(number, choose), words.thought(number, [], by_image=True))
+
+    def _word(self, choose: random.Random) -> Lesson:
+        number = choose.randrange(100)
+        text = choose.choice(words.spoken(number, unseen=False))
+        return Lesson(text, None, words.thought(number, [], by_image=False))
+
+    def _facts(self, choose: random.Random) -> Lesson:
+        steps = [self._any_step(choose) for _ in range(choose.randint(1, _MOST_FACTS))]
+        asked = ", ".join(_in_digits(step) for step in steps)
+        return Lesson(asked, None, " ".join(f"{_in_digits(step)} is {applied(step)}." for step in steps))
+
+    def _step(self, choose: random.Random) -> Lesson:
+        step, by_image = self._any_step(choose), choose.random() < 0.5
+        text = choose.choice(words.phrases([step], by_image=by_image, unseen=False))
+        image = self._picture(step.before, choose) if by_image else None
+        return Lesson(text, image, words.thought(step.before, [step], by_image=by_image))
+
+
+def _in_digits(step: Step) -> str:
+    if step.operation in BINARY:
+        return f"{step.before} {step.operation} {step.operand}"
+    return f"{step.operation}{' of' * (step.operation == 'half')} {step.before}"
