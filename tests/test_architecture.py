@@ -44,8 +44,8 @@ MAY_IMPORT = {
 EVERYONES = {"errors", "settings"}
 HEAVY = {"PIL", "huggingface_hub", "matplotlib", "numpy", "peft"}
 HEAVY |= {"pytrec_eval", "scipy", "sklearn", "torchvision", "tqdm", "transformers", "triton"}
-# Packages that are only reached when their kernels are asked for, and may import their library at the top.
-MAY_IMPORT_HEAVY = {"impl/triton"}
+# Packages that are only reached when what they hold is asked for, and may import their library at the top.
+MAY_IMPORT_HEAVY = {"impl/triton", "training"}
 TOP_LEVEL = {"csrc", "twn_kernels", "tests", "bench", ".ci", ".gitignore"}
 TOP_LEVEL |= {"pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"}
 MAX_LINES, MAX_KERNEL_LINES, MAX_FUNCTION_LINES = 400, 600, 50
