@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from twn_kernels import __version__
-from twn_kernels.cli import bench, evaluate
+from twn_kernels.cli import bench, evaluate, train
 from twn_kernels.cli.values import DTYPES, count, fraction, one_of
 from twn_kernels.errors import OptionError, TWNError, TWNWarning, did_you_mean
 from twn_kernels.settings import DECODE_MODES, IMPLS
@@ -110,7 +110,7 @@ def _one_line(error: Exception, command: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
-        description="Two LoRA adapters on one frozen multimodal model: check, inspect, convert, embed, measure, judge.",
+        description="Two LoRA adapters on one frozen multimodal model: check, inspect, embed, measure, judge, train.",
         epilog="Exit codes: 0 done, 1 failed or a check is red, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
@@ -315,4 +315,5 @@ _COMMANDS = {
     "demo": _add_demo,
     "bench": bench.add,
     "eval": evaluate.add,
+    "train": train.add,
 }

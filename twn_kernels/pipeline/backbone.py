@@ -166,7 +166,9 @@ class Backbone:
             positions = torch.cat([positions, self.text_positions(prompt.next_position, tail.shape[1])], dim=-1)
         return self.run(embeds, mask, positions, prompt.media, cache)
 
-    def run(self, embeds: Tensor, mask: Tensor | dict[str, Tensor], positions: Tensor, media: dict, cache=None) -> Tensor:
+    def run(
+        self, embeds: Tensor, mask: Tensor | dict[str, Tensor], positions: Tensor, media: dict[str, Any], cache=None
+    ) -> Tensor:
         """Hidden states of a whole sequence that the caller has laid out.
 
         Args:

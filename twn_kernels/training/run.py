@@ -1,0 +1,299 @@
+"""A whole training run: backbone, joint training, policy, gate, each in a folder of its own, each resumable.
+
+Owns the order of the stages and what lies where in the run's folder. What a stage does is its own module's.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import twn_kernels.patching as patching
+from twn_kernels.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from twn_kernels.errors import OptionError, did_you_mean, quoted
+from twn_kernels.evaluation import provenance
+from twn_kernels.evaluation.number_task import make_number_task
+from twn_kernels.patching import adapters_of
+from twn_kernels.pipeline import TWNEmbedder, loading
+from twn_kernels.pipeline.processor import Processor, load_processor
+from twn_kernels.settings import EMBEDDING, REASONING
+from twn_kernels.training.config import TrainingConfig
+from twn_kernels.training.examples import Examples, Stream, read_examples
+from twn_kernels.training.gate import train_gate
+from twn_kernels.training.joint import JointCollator, JointTrainer
+from twn_kernels.training.joint_forward import Roles, Trainee
+from twn_kernels.training.number_base import new_number_base
+from twn_kernels.training.number_lessons import Lessons
+from twn_kernels.training.plots import draw_log
+from twn_kernels.training.policy import train_policy
+from twn_kernels.training.stage_trainer import LOG_FILE
+from twn_kernels.training.teaching import LessonCollator, LessonTrainer
+
+__all__ = ["RUN_FILE", "STAGES", "train"]
+
+STAGES = ("base", "joint", "policy", "gate")
+RUN_FILE = "run.json"
+Say = Callable[[str], None]
+
+
+def train(
+    config: TrainingConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    until: str | None = None,
+    command: str = "twn_kernels.training.train",
+    say: Say = print,
+) -> Path:
+    """Train a TWN model.
+
+    Args:
+        config: what to train, and how.
+        out: folder of the run: ``base/`` (HuggingFace directory, where the small backbone is taught), ``data/`` (where
+            the number task is made), a folder a stage with its log, plot, states and TWN directory, ``twn/`` (the
+            result) and ``run.json`` (configuration, seconds, figures, versions, machine).
+        resume: go on where a run in ``out`` stopped; stages that are done are kept.
+        until: stop after this stage.
+        command: written into ``run.json``.
+        say: receives lines of progress.
+
+    Returns:
+        The TWN directory.
+
+    Raises:
+        OptionError: ``out`` holds a run and ``resume`` is False, or that run had another configuration.
+        DataError: the data folder is not whole.
+        TrainingError: a loss became NaN; the message says where the last good state is.
+    """
+    if until is not None and until not in STAGES:
+        raise OptionError(f"until must be one of {quoted(STAGES)}, got {until!r}.{did_you_mean(until, STAGES)}")
+    run = _Run(config, Path(out), command, say)
+    run.begin(resume)
+    for stage in STAGES:
+        run.stage(stage)
+        if stage == until:
+            break
+    return run.finish()
+
+
+class _Run:
+    """A run's folder and what is in it."""
+
+    def __init__(self, config: TrainingConfig, out: Path, command: str, say: Say) -> None:
+        self.config, self.out, self.command, self.say = config, out, command, say
+        self.told: dict[str, Any] = {}
+        self._trainee: Trainee | None = None
+        self._processor: Processor | None = None
+        self._examples: tuple[Examples, Examples] | None = None
+
+    # -- the folder -------------------------------------------------------------------------------------------------
+
+    def begin(self, resume: bool) -> None:
+        """Open or make the folder."""
+        path, asked = self.out / RUN_FILE, json.loads(json.dumps(self.config.as_dict()))
+        if path.exists():
+            if not resume:
+                raise OptionError(f'"{self.out}" holds a run. Go on with it by --resume, or name another folder.')
+            self.told = json.loads(path.read_text(encoding="utf-8"))
+            if changed := _differences(self.told["config"], asked):
+                raise OptionError(
+                    f'"{self.out}" was begun with another configuration; different: {quoted(changed)}. '
+                    "Resume with the same one, or name another folder."
+                )
+        else:
+            if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
+                raise OptionError(f'"{self.out}" exists and holds no run. Name an empty or a new folder.')
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.told = {"command": self.command, "config": asked, "stages": {}} | provenance.stamp()
+            self.told["machine"] = {
+                "processor": platform.machine(),
+                "device": _device_name(self.config),
+                "threads": torch.get_num_threads(),
+            }
+            self._write()
+
+    def _write(self) -> None:
+        staged = self.out / f".{RUN_FILE}.new"
+        staged.write_text(json.dumps(self.told, indent=2) + "\n", encoding="utf-8", newline="\n")
+        staged.replace(self.out / RUN_FILE)
+
+    def stage(self, name: str) -> None:
+        """Run a stage unless it is done."""
+        done = self.told["stages"]
+        settings = getattr(self.config, name)
+        skipped = settings.steps == 0 or (name == "base" and settings.path is not None)
+        if skipped or done.get(name, {}).get("done"):
+            return
+        self.say(f"{name}: {settings.steps} steps")
+        start, before = time.perf_counter(), done.get(name, {}).get("seconds", 0.0)
+        done[name] = {"done": False, "seconds": before}
+        self._write()
+        try:
+            figures = getattr(self, f"_{name}")()
+        finally:
+            done[name]["seconds"] = round(before + time.perf_counter() - start, 1)
+            self._write()
+        done[name] |= {"done": True, "figures": figures}
+        self._write()
+        draw_log(self.folder(name), f"{name}: {settings.steps} steps")
+
+    def finish(self) -> Path:
+        """Copy the last stage's TWN directory to ``twn/``."""
+        newest = [name for name in STAGES[1:] if (self.out / name / "twn").is_dir()]
+        if not newest:
+            return self.out
+        save_checkpoint(load_checkpoint(self.out / newest[-1] / "twn"), self.out / "twn")
+        self.say(f"wrote {self.out / 'twn'}")
+        return self.out / "twn"
+
+    # -- what stages share ------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> str:
+        """Where the backbone is."""
+        return self.config.base.path or str(self.out / "base")
+
+    @property
+    def processor(self) -> Processor:
+        """The backbone's."""
+        if self._processor is None:
+            self._processor = load_processor(self.base)
+        return self._processor
+
+    def examples(self) -> tuple[Examples, Examples]:
+        """The queries of joint training and those of the gate."""
+        if self._examples is None:
+            data, seed = self.config.data, self.config.seed
+            folder = self.out / "data" if data.folder is None else Path(data.folder)
+            if data.folder is None and not (folder / "README.md").exists():  # written last
+                shutil.rmtree(folder, ignore_errors=True)
+                self.say("data: making the number task")
+                make_number_task(folder, queries=1, train_queries=data.train_queries, copies=data.copies, seed=seed)
+            whole = read_examples(folder, data.split)
+            first, second = whole.divided(self.config.gate.share, seed)
+            if not (len(first) and len(second)):
+                raise OptionError(
+                    f"gate.share {self.config.gate.share} of {len(whole)} training queries leaves {len(first)} for "
+                    f"joint training and {len(second)} for the gate; both need one or more."
+                )
+            self._examples = first, second
+        return self._examples
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage keeps its log, plot and states; the backbone's own folder holds the model alone."""
+        return self.out / ("teaching" if stage == "base" else stage)
+
+    def trainee(self) -> Trainee:
+        """The patched backbone with the newest adapters and queries."""
+        if self._trainee is None:
+            base, joint = self.config.base, self.config.joint
+            model = loading.base_model(self.base, base.dtype, base.device, {})
+            queries = self._patch(model)
+            dtype = getattr(torch, base.adapter_dtype)
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = parameter.data.to(dtype)
+            roles = Roles(REASONING, REASONING if joint.adapters == "one" else EMBEDDING, joint.detach)
+            opening = self.processor.token_ids(self.config.method.think_prompt)
+            self._trainee = Trainee(model, queries.to(dtype), self.config.method, opening, roles).to(model.device)
+        return self._trainee
+
+    def _patch(self, model) -> Tensor:
+        """Give the model the newest adapters, or fresh ones; returns the queries."""
+        for stage in ("policy", "joint"):
+            if self.told["stages"].get(stage, {}).get("done"):
+                checkpoint = load_checkpoint(self.out / stage / "twn")
+                patching.patch(model, checkpoint)
+                return checkpoint.queries
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            patching.patch(model, rank=self.config.joint.rank)
+        weight = model.get_input_embeddings().weight.detach().float()
+        noise = torch.Generator().manual_seed(self.config.seed)
+        # As long as the vectors of words, so that no query is out of the layers' range at the start.
+        return torch.randn(self.config.joint.num_queries, weight.shape[1], generator=noise) * weight.std().item()
+
+    def checkpoint(self) -> Checkpoint:
+        """Adapters and queries as they are now."""
+        adapters = adapters_of(self.trainee().model)
+        if self.config.joint.adapters == "one":
+            adapters[EMBEDDING] = replace(adapters[REASONING], name=EMBEDDING)
+        return Checkpoint(adapters, queries=self.trainee().bank.queries.detach(), config=self.config.method)
+
+    # -- the stages -------------------------------------------------------------------------------------------------
+
+    def _base(self) -> dict[str, Any]:
+        directory, settings, seed = self.out / "base", self.config.base, self.config.seed
+        directory.mkdir(exist_ok=True)
+        model = new_number_base(directory, seed=seed)
+        model.save_pretrained(directory)
+        lessons = Lessons(settings.steps * settings.batch_size, seed=seed, task_seed=seed)
+        trainer = LessonTrainer(
+            *(model, self.folder("base"), settings, lessons, LessonCollator(self.processor)), seed=seed, say=self.say
+        )
+        trainer.run(resume=True)
+        model.save_pretrained(directory)
+        return _last_log(self.folder("base"))
+
+    def _joint(self) -> dict[str, Any]:
+        config, settings = self.config, self.config.joint
+        end, data = config.method.think_end[0], config.data
+        closing = end if isinstance(end, str) else self.processor.raw_text_of([end])
+        collate = JointCollator(self.processor, closing, settings.chunk_size, data.query_prompt, data.document_prompt)
+        stream = Stream(self.examples()[0], settings.steps * settings.batch_size, config.seed)
+        folder = self.folder("joint")
+        JointTrainer(self.trainee(), folder, settings, stream, collate, seed=config.seed, say=self.say).run(resume=True)
+        checkpoint = self.checkpoint()
+        save_checkpoint(checkpoint, folder / "twn")
+        if settings.adapters == "one":  # from here on both names hold the one that was trained
+            self._trainee = None
+        return _last_log(folder)
+
+    def _policy(self) -> dict[str, Any]:
+        settings, folder = self.config.policy, self.folder("policy")
+        result = train_policy(
+            *(self.trainee(), self.processor, self.examples()[0], folder, settings),
+            seed=self.config.seed,
+            resume=True,
+            say=self.say,
+        )
+        save_checkpoint(self.checkpoint(), folder / "twn")
+        return asdict(result)
+
+    def _gate(self) -> dict[str, Any]:
+        data, settings, folder = self.config.data, self.config.gate, self.folder("gate")
+        prompts = {"query": data.query_prompt, "document": data.document_prompt}
+        embedder = TWNEmbedder(self.trainee().model, self.checkpoint(), self.processor, prompts=prompts)
+        result = train_gate(
+            embedder, self.examples()[1], folder, settings, seed=self.config.seed, resume=True, say=self.say
+        )
+        save_checkpoint(result.checkpoint, folder / "twn")
+        return asdict(result.report)
+
+
+def _last_log(folder: Path) -> dict[str, Any]:
+    rows = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines() if (folder / LOG_FILE).exists() else []
+    return json.loads(rows[-1]) if rows else {}
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Dotted names of values that are not the same."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        below = ((before.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+        return [found for pair in below for found in _differences(*pair)]
+    return [] if before == now else [name]
+
+
+def _device_name(config: TrainingConfig) -> str:
+    device = config.base.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "CPU"
