@@ -64,9 +64,30 @@ class JointCollator:
 
 class JointTrainer(StageTrainer):
     """``settings`` has, beside a stage's own, ``temperature``, ``thought_weight``, ``plain_weight`` and
-    ``thoughtful_weight``."""
+    ``thoughtful_weight``.
+
+    Gradients are clipped for each job by itself: one norm over both would let the contrastive loss, whose gradients are
+    far the larger at the start, scale down what the thought learns.
+    """
+
+    def __init__(self, model: Trainee, *args: Any, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        self.args.max_grad_norm = 0.0  # the Trainer's own clipping is over everything
+        learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        thought = f".{model.roles.thought}"
+        self._jobs = {
+            "thought": [p for name, p in learned if name.endswith(thought)],
+            "queries": [p for name, p in learned if not name.endswith(thought)],
+        }
 
     def step(self, model: Trainee, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Loss and clipped gradients of a batch."""
+        scalars = self._backward(model, batch)
+        for job, parameters in self._jobs.items():
+            scalars[f"{job}_grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        return scalars
+
+    def _backward(self, model: Trainee, batch: dict[str, Any]) -> dict[str, Tensor]:
         chunks, positives = batch["chunks"], batch["positives"]
         tokens = max(1, sum(len(thought) for queries, _ in chunks for thought in queries.thoughts))
         if len(chunks) == 1:
