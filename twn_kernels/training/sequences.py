@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twn_kernels.errors import ShapeError
 from twn_kernels.pipeline.backbone import Backbone, Prompt
 from twn_kernels.pipeline.inputs import EncodedBatch
 
@@ -42,6 +43,7 @@ class Sequences:
         thought_ids: int64 ``[batch, L]``: what opens a thought, and the thought.
         labels: int64 ``[batch, L]``: the thought's own ids, -100 elsewhere.
         positions: ``[batch, S]`` or ``[3, batch, S]`` over S = T + L + N, and N more with thoughts.
+        places: int64 ``[batch, S]``: tokens of its text before each token, which is what a sliding window counts.
         seen: bool ``[batch, S, S]``: which tokens each token attends to.
     """
 
@@ -49,6 +51,7 @@ class Sequences:
     thought_ids: Tensor
     labels: Tensor
     positions: Tensor
+    places: Tensor
     seen: Tensor
 
     @property
@@ -66,8 +69,7 @@ class Sequences:
         kinds = sorted(set(getattr(config, "layer_types", None) or ()))
         if not any("sliding" in kind for kind in kinds):
             return _additive(self.seen, dtype)
-        places = self.positions[0] if self.positions.dim() == 3 else self.positions
-        near = places[:, :, None] - places[:, None, :] < config.sliding_window
+        near = self.places[:, :, None] - self.places[:, None, :] < config.sliding_window
         return {kind: _additive(self.seen & near if "sliding" in kind else self.seen, dtype) for kind in kinds}
 
 
@@ -84,7 +86,15 @@ def lay_out(backbone: Backbone, rows: Rows, opening: Sequence[int], num_queries:
         rows: prompts and thoughts.
         opening: token ids that the pipeline itself writes before a thought.
         num_queries: of one embedding.
+
+    Raises:
+        ShapeError: there is not one thought for each row.
     """
+    if rows.thoughts is not None and len(rows.thoughts) != len(rows.batch):
+        raise ShapeError(
+            f"thoughts must have one list of ids for each of {len(rows.batch)} rows (an empty one where there is "
+            f"none), got {len(rows.thoughts)}."
+        )
     prompt = backbone.prompt(rows.batch.tensors)
     thoughts = [[*opening, *thought] if thought else [] for thought in rows.thoughts or ()]
     length = max(map(len, thoughts), default=0)
@@ -94,11 +104,15 @@ def lay_out(backbone: Backbone, rows: Rows, opening: Sequence[int], num_queries:
         ids[row, : len(thought)] = torch.tensor(thought, dtype=torch.long)
         labels[row, len(opening) : len(thought)] = ids[row, len(opening) : len(thought)]
     lengths = prompt.next_position.new_tensor([len(thought) for thought in thoughts] or [0] * len(rows.batch))
-    firsts = [prompt.next_position] + ([prompt.next_position + lengths] if length else [])
-    tails = [backbone.text_positions(first, num_queries) for first in firsts]
-    positions = torch.cat([prompt.positions, backbone.text_positions(prompt.next_position, length), *tails], dim=-1)
-    seen = _seen(prompt.mask.bool(), lengths, length, num_queries, sets=len(firsts))
-    return Sequences(prompt, ids, labels, positions, seen)
+    # Of what follows the prompt: where each piece begins after it, and how long it is.
+    pieces = [(torch.zeros_like(lengths), length), (torch.zeros_like(lengths), num_queries)]
+    pieces += [(lengths, num_queries)] if length else []
+    after = [backbone.text_positions(prompt.next_position + start, count) for start, count in pieces]
+    positions = torch.cat([prompt.positions, *after], dim=-1)
+    counted = [(prompt.mask.sum(1) + start)[:, None] + torch.arange(n, device=ids.device) for start, n in pieces]
+    places = torch.cat([prompt.mask.cumsum(1) - 1, *counted], dim=1)
+    seen = _seen(prompt.mask.bool(), lengths, length, num_queries, sets=len(pieces) - 1)
+    return Sequences(prompt, ids, labels, positions, places, seen)
 
 
 def _seen(prompt_mask: Tensor, lengths: Tensor, length: int, num_queries: int, sets: int) -> Tensor:
