@@ -1,7 +1,8 @@
 """What the small backbone learns before it is frozen: to read digits and number words, and single steps of arithmetic.
 
-A backbone stands for a pretrained model: it can see and calculate, and knows nothing of embedding, of chains of steps
-or of when to think. Nothing that the number task holds out from training is in a lesson.
+A backbone stands for a pretrained model: it can see, calculate and close a thought as Qwen3's models do, and knows
+nothing of embedding, of chains of steps or of when to think. Nothing that the number task holds out from training is in
+a lesson.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from twn_kernels.evaluation import number_words as words
 from twn_kernels.evaluation.number_images import drawn, load_pools
 from twn_kernels.evaluation.number_task import held_out_pairs, known_steps
 from twn_kernels.evaluation.number_words import BINARY, OPERATIONS, Step, applied
+from twn_kernels.testing.qwen_processor import THINK_TOKENS
 
 __all__ = ["Lesson", "Lessons"]
 
 _MOST_FACTS = 3
+# Tokens that no lesson shows share one direction in the end, and no adapter can tell them apart.
+_THOUGHT_SHARE = 0.3
 _POOLS = (("train", "document"), ("train", "query"))
 
 
@@ -57,7 +61,10 @@ class Lessons:
     def __getitem__(self, index: int) -> Lesson:
         choose = random.Random(f"lesson {self.seed}: {index}")
         make = choose.choices(list(self._kinds), list(self._kinds.values()))[0]
-        return make(choose)
+        lesson = make(choose)
+        if make != self._facts and choose.random() < _THOUGHT_SHARE:
+            return lesson._replace(reply="".join((THINK_TOKENS[0], lesson.reply, THINK_TOKENS[1])))
+        return lesson
 
     def _picture(self, number: int, choose: random.Random) -> Image.Image:
         pixels, _ = drawn(number, self._pools, choose.choice(_POOLS), choose, varied=True)
