@@ -45,11 +45,11 @@ def trainee_of():
     """``trainee_of(embedder, roles)``: the embedder's model, queries and method as a trainer sees them."""
     from twn_kernels.training.joint_forward import Roles, Trainee
 
-    def make(embedder, roles: Roles = Roles(), *, opening: list[int] | None = None) -> Trainee:
+    def make(embedder, roles: Roles | None = None, *, opening: list[int] | None = None) -> Trainee:
         if opening is None:
             opening = embedder.processor.token_ids(embedder.config.think_prompt)
         queries = embedder.checkpoint.queries.to(next(embedder.model.parameters()).dtype)
-        return Trainee(embedder.model, queries, embedder.config, opening, roles)
+        return Trainee(embedder.model, queries, embedder.config, opening, roles or Roles())
 
     return make
 

@@ -90,7 +90,7 @@ class Trainee(nn.Module):
     def learn(self, adapters: Sequence[str], *, queries: bool) -> None:
         """Let these adapters learn, and the queries where asked; everything else is frozen."""
         for name, parameter in self.model.named_parameters():
-            *_, kind, adapter = ("", *name.split("."))
+            kind, adapter = ["", *name.removesuffix(".weight").split(".")][-2:]  # PEFT's are modules with a weight
             parameter.requires_grad_(kind in ("lora_A", "lora_B") and adapter in adapters)
         self.bank.requires_grad_(queries)
 
@@ -133,12 +133,20 @@ class Trainee(nn.Module):
         interface = detached_attention(self.backbone.config, _merged(parts))
         with patching.route(self.model, routes), interface if roles.detach else contextlib.nullcontext():
             hidden = self._run(sequences, embeds)
-        return self._taken(sequences, hidden, hidden)
+        reasoned = hidden
+        if roles.detach and prompt_adapter != roles.thought:
+            # Without an opening the prompt's last state predicts a thought's first token: an interface too.
+            reasoned = torch.cat([hidden[:, : sequences.prompt_end].detach(), hidden[:, sequences.prompt_end :]], dim=1)
+        return self._taken(sequences, reasoned, hidden)
 
     def _reencoded(self, rows: Rows, sequences: Sequences) -> Trained:
         count = len(rows.batch)
+        if sequences.thought_end == sequences.prompt_end:  # nothing for the other adapter to learn
+            with patching.route(self.model, self.roles.queries):
+                hidden = self._run(sequences, self._embeds(sequences))
+            return self._taken(sequences, hidden, hidden)
         twice = list(range(count)) * 2
-        thoughts = None if rows.thoughts is None else [rows.thoughts[row] for row in twice]
+        thoughts = [rows.thoughts[row] for row in twice]
         both = lay_out(self.backbone, Rows(rows.batch.select(twice), thoughts), self.opening, self.bank.num_queries)
         adapters = [self.roles.thought] * count + [self.roles.queries] * count
         with patching.route(self.model, adapters):
