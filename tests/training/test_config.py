@@ -71,7 +71,10 @@ def test_changes_replace_values_of_the_file(tmp_path):
         ({"base": {"path": 3}}, r"base\.path must be a string, got 3\."),
         ({"base": {"dtype": "float8"}}, """base.dtype must be one of .*, got 'float8'. Did you mean "float32"?"""),
         ({"method": {"graph": "x"}}, r'graph must be one of "shared_kv", "reencode", got "x"\.'),
-        ({"policy": {"steps": 1, "group_size": 1}}, r"policy\.group_size must be at least 2 to compare thoughts, got 1"),
+        (
+            {"policy": {"steps": 1, "group_size": 1}},
+            r"policy\.group_size must be at least 2 to compare thoughts, got 1",
+        ),
         (
             {"policy": {"steps": 1}, "joint": {"adapters": "one"}},
             r'policy\.steps must be 0 with joint\.adapters = "one": its reward would learn too\.',

@@ -9,6 +9,7 @@ import argparse
 import json
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from twn_kernels.errors import MissingDependency, OptionError
 __all__ = ["add"]
 
 _STAGES = ("base", "joint", "policy", "gate")
-_NEEDED = {"transformers": "hf", "accelerate": "train", "sklearn": "train", "PIL": "hf"}
+_NEEDED = ("transformers", "accelerate", "sklearn", "PIL")
 
 
 def add(subparsers) -> argparse.ArgumentParser:
@@ -97,15 +98,23 @@ def _change(word: str) -> tuple[str, Any]:
             continue
     words = {"true": True, "false": False}
     if value.startswith("["):
-        return name.strip(), json.loads(value)
+        try:
+            return name.strip(), json.loads(value)
+        except ValueError as error:
+            raise OptionError(f"--set {name.strip()}: {value} is no list, such as [64, 32].") from error
     return name.strip(), words.get(value, value.strip("\"'"))
 
 
 def _require_libraries() -> None:
-    from importlib.util import find_spec
-
-    absent = [name for name in _NEEDED if find_spec(name) is None]
+    absent = [name for name in _NEEDED if not _there(name)]
     if absent:
         raise MissingDependency(
             f'training needs {", ".join(absent)}, not installed here. Run: pip install "twn_kernels[train]"'
         )
+
+
+def _there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # sys.modules holds None in its place
+        return False

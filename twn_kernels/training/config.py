@@ -221,7 +221,8 @@ def load_config(path: str | os.PathLike, changes: Mapping[str, Any] | None = Non
         raise OptionError(f'configuration "{path}" is no TOML: {error}.') from error
     for name, value in (changes or {}).items():
         section, dot, key = name.partition(".")
-        (table.setdefault(section, {}) if dot else table)[key or section] = value
+        held = table.get(section, {})
+        table[section] = (held if isinstance(held, dict) else {}) | {key: value} if dot else value
     return parse_config(table)
 
 
