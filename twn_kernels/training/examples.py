@@ -33,7 +33,7 @@ class Example(NamedTuple):
     @property
     def thought(self) -> str:
         """The thought of the query; empty where the data has none."""
-        return str(self.query.metadata.get("thought") or "")
+        return self.query.metadata.get("thought") or ""
 
 
 class Examples:
@@ -74,9 +74,14 @@ class Stream:
         examples: what is drawn from.
         count: the length that a trainer sees.
         seed: of order and positives.
+
+    Raises:
+        DataError: there is nothing to draw from.
     """
 
     def __init__(self, examples: Examples, count: int, seed: int) -> None:
+        if not len(examples):
+            raise DataError("a stream of examples needs at least one example to draw from, got none.")
         self.examples, self.count, self.seed = examples, count, seed
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -84,6 +89,8 @@ class Stream:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index must be from 0 to {self.count - 1}, got {index}.")
         turn, place = divmod(index, len(self.examples))
         if self._order[0] != turn:
             order = list(range(len(self.examples)))
@@ -96,9 +103,16 @@ def read_examples(folder: str | Path, split: str = "train") -> Examples:
     """The queries of a split, its documents and judgments.
 
     Raises:
-        DataError: the folder is not whole, or no query of the split has a thought to learn.
+        DataError: the folder is not whole, a thought is no string, or no query of the split has one to learn.
     """
     found = read_split(folder, split)
+    for query in found.queries:
+        thought = query.metadata.get("thought")
+        if thought is not None and not isinstance(thought, str):
+            raise DataError(
+                f'query "{query.id}" of "{folder}": metadata.thought must be a string or absent, got '
+                f"{type(thought).__name__}. Write the thought as text."
+            )
     if not any(query.metadata.get("thought") for query in found.queries):
         raise DataError(
             f'split "{split}" of "{folder}" has no thought to learn: no query has metadata.thought. '

@@ -73,7 +73,7 @@ class JointTrainer(StageTrainer):
     def __init__(self, model: Trainee, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)
         self.args.max_grad_norm = 0.0  # the Trainer's own clipping is over everything
-        learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        learned = [(name.removesuffix(".weight"), p) for name, p in model.named_parameters() if p.requires_grad]
         thought = f".{model.roles.thought}"
         self._jobs = {
             "thought": [p for name, p in learned if name.endswith(thought)],

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
 
-from twn_kernels.errors import CheckpointError, TrainingError
+from twn_kernels.errors import OptionError, TrainingError
+from twn_kernels.training.states import load_learned, newest_state, publish, save_learned, staging_folder
 
 __all__ = ["LOG_FILE", "StageTrainer", "stage_arguments"]
 
 LOG_FILE = "log.jsonl"
-_WEIGHTS_FILE = "learned.safetensors"
+_SUMS_FILE = "sums.json"
 
 
 def stage_arguments(out: Path, settings: Any, seed: int) -> TrainingArguments:
@@ -54,6 +55,7 @@ def stage_arguments(out: Path, settings: Any, seed: int) -> TrainingArguments:
         report_to=[],
         seed=seed,
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -84,6 +86,7 @@ class StageTrainer(Trainer):
         self.settings, self.out = settings, Path(out)
         self._sums: dict[str, float] = {}
         self._count = 0
+        self._run_folder = self.out
         super().__init__(
             model,
             stage_arguments(self.out, settings, seed),
@@ -91,6 +94,7 @@ class StageTrainer(Trainer):
             train_dataset=examples,
             callbacks=[_LogFile(self.out / LOG_FILE, say)],
         )
+        self.remove_callback(PrinterCallback)  # stdout is the command's
         if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise TrainingError(
                 f"training runs on one device, got {max(self.args.world_size, self.args.n_gpu)}. "
@@ -102,12 +106,18 @@ class StageTrainer(Trainer):
 
         Raises:
             TrainingError: a loss or a gradient is not finite; the state before that step is kept.
+            CheckpointError: the newest state is damaged or belongs to another model.
+            OptionError: ``out`` holds states, and ``resume`` is False.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        last = get_last_checkpoint(str(self.out)) if resume else None
-        if last is None:
-            (self.out / LOG_FILE).unlink(missing_ok=True)
-        self.train(resume_from_checkpoint=last)
+        state = newest_state(self.out)
+        if state is not None and not resume:
+            raise OptionError(
+                f'"{self.out}" holds states of a run, the newest is {state.name}. '
+                "Resume that run, or train into an empty folder."
+            )
+        _keep_rows(self.out / LOG_FILE, 0 if state is None else int(state.name.rpartition("-")[2]))
+        self.train(resume_from_checkpoint=None if state is None else str(state))
         return self.model
 
     def step(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -129,14 +139,24 @@ class StageTrainer(Trainer):
         learned = [p for p in self.model.parameters() if p.requires_grad and p.grad is not None]
         if not bad and all(torch.isfinite(p.grad).all() for p in learned):
             return
-        step = self.state.global_step
         self.model.zero_grad(set_to_none=True)
-        self._save_checkpoint(self.model, None)
         what = f"{bad[0]} is {float(scalars[bad[0]])}" if bad else "a gradient is not finite"
         raise TrainingError(
-            f"step {step + 1}: {what}. Stopped; the state after step {step} is kept in "
-            f'"{self.out / f"checkpoint-{step}"}". Lower learning_rate or look at the batch, and resume from it.'
+            f"step {self.state.global_step + 1}: {what}. Stopped; {self._kept()}. "
+            "Lower learning_rate or look at the batch, then resume."
         )
+
+    def _kept(self) -> str:
+        """Keep the state before this step, and say where."""
+        step = self.state.global_step
+        if all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+            folder = self.out / f"checkpoint-{step}"
+            if not folder.exists():
+                self._save_checkpoint(self.model, None)
+            return f'the state after step {step} is kept in "{folder}"'
+        state = newest_state(self.out)
+        kept = "no state was saved before" if state is None else f'the newest saved state is "{state}"'
+        return f"what was learned is not finite either after step {step}, so {kept}"
 
     def log(self, logs: dict[str, Any], *args: Any, **options: Any) -> None:
         """Add the means of a step's scalars since the last log."""
@@ -149,53 +169,49 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._run_folder = staging_folder(self.out)
+        try:
+            super()._save_checkpoint(model, trial)
+            publish(self._run_folder / f"checkpoint-{self.state.global_step}", self.out)
+        finally:
+            self._run_folder = self.out
+        rotate_checkpoints(str(self.out), self.args.save_total_limit)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._run_folder)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(_learned(self.model), folder / _WEIGHTS_FILE)
+        save_learned(self.model, folder)
+        # The scalars since the last log, so that the next line of a resumed run is the mean over the same steps.
+        sums = {"count": self._count, "sums": self._sums}
+        (folder / _SUMS_FILE).write_text(json.dumps(sums) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / _WEIGHTS_FILE
-        if not path.is_file():
-            raise CheckpointError(f'"{path.parent}" holds no {path.name}; it is no state of this stage. Remove it.')
-        load_learned(self.model, load_file(path), path)
-
-
-def _learned(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_learned(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors into the parameters that learn.
-
-    Raises:
-        CheckpointError: names or shapes are not those of the model.
-    """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = sorted(set(own) ^ set(tensors)) or [name for name in own if own[name].shape != tensors[name].shape]
-    if wrong:
-        raise CheckpointError(
-            f'"{path}" belongs to another model: {len(wrong)} of its tensors do not fit, the first is "{wrong[0]}". '
-            "Train into an empty folder, or with the configuration that wrote it."
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+        folder = Path(resume_from_checkpoint)
+        load_learned(self.model, folder)
+        kept = json.loads((folder / _SUMS_FILE).read_text(encoding="utf-8"))
+        self._count, self._sums = kept["count"], kept["sums"]
 
 
 class _LogFile(TrainerCallback):
-    """One line of JSON a log, with the step and the seconds since the start."""
+    """One line of JSON a log, with the step and the seconds of training so far."""
 
     def __init__(self, path: Path, say: Callable[[str], None] | None) -> None:
-        self.path, self.say, self.start = path, say, time.perf_counter()
+        self.path, self.say, self.start, self.last = path, say, time.perf_counter(), 0
 
     def on_train_begin(self, args, state, control, **_):
-        self.start = time.perf_counter()
+        last = (_rows(self.path) or [{"seconds": 0.0, "step": 0}])[-1]
+        self.start, self.last = time.perf_counter() - last["seconds"], last["step"]
 
     def on_log(self, args, state, control, logs=None, **_):
-        if not logs or "loss" not in logs:
+        # A run that is resumed after its last step has nothing to add.
+        if not logs or "loss" not in logs or state.global_step == self.last:
             return
-        kept = {name: _number(value) for name, value in logs.items() if name != "epoch"}
+        self.last = state.global_step
+        summary = ("epoch", "total_flos", "train_")
+        kept = {name: float(value) for name, value in logs.items() if not name.startswith(summary)}
         row = {"step": state.global_step, **kept, "seconds": round(time.perf_counter() - self.start, 1)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -203,5 +219,18 @@ class _LogFile(TrainerCallback):
             self.say("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
 
 
-def _number(value: Any) -> float:
-    return float(value)
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log up to the first line that was not written whole."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _keep_rows(path: Path, step: int) -> None:
+    """Drop the rows after ``step``: a run that goes on from there writes them again."""
+    kept = [row for row in _rows(path) if row["step"] <= step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
