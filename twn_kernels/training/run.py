@@ -9,6 +9,7 @@ import json
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import twn_kernels.patching as patching
 from twn_kernels.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from twn_kernels.errors import OptionError, did_you_mean, quoted
+from twn_kernels.errors import OptionError, TWNWarning, did_you_mean, quoted
 from twn_kernels.evaluation import provenance
 from twn_kernels.evaluation.number_task import make_number_task
 from twn_kernels.patching import adapters_of
@@ -151,9 +152,12 @@ class _Run:
         newest = [name for name in STAGES[1:] if (self.out / name / "twn").is_dir()]
         if not newest:
             return self.out
-        save_checkpoint(load_checkpoint(self.out / newest[-1] / "twn"), self.out / "twn")
-        self.say(f"wrote {self.out / 'twn'}")
-        return self.out / "twn"
+        target, staged = self.out / "twn", self.out / ".twn.new"
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(self.out / newest[-1] / "twn", staged)
+        shutil.rmtree(target, ignore_errors=True)
+        staged.replace(target)
+        return target
 
     # -- what stages share ------------------------------------------------------------------------------------------
 
@@ -211,7 +215,9 @@ class _Run:
         """Give the model the newest adapters, or fresh ones; returns the queries."""
         for stage in ("policy", "joint"):
             if self.told["stages"].get(stage, {}).get("done"):
-                checkpoint = load_checkpoint(self.out / stage / "twn")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", TWNWarning)  # the gate is the last to come
+                    checkpoint = load_checkpoint(self.out / stage / "twn")
                 patching.patch(model, checkpoint)
                 return checkpoint.queries
         with torch.random.fork_rng():
@@ -259,12 +265,13 @@ class _Run:
         return _last_log(folder)
 
     def _policy(self) -> dict[str, Any]:
-        settings, folder = self.config.policy, self.folder("policy")
+        data, folder = self.config.data, self.folder("policy")
         result = train_policy(
-            *(self.trainee(), self.processor, self.examples()[0], folder, settings),
+            *(self.trainee(), self.processor, self.examples()[0], folder, self.config.policy),
             seed=self.config.seed,
             resume=True,
             say=self.say,
+            prompts=(data.query_prompt, data.document_prompt),
         )
         save_checkpoint(self.checkpoint(), folder / "twn")
         return asdict(result)
