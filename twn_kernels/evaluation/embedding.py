@@ -17,7 +17,7 @@ from twn_kernels.evaluation.dataset import Entry
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["TwoWays", "embed_both_ways", "timed_auto"]
+__all__ = ["TwoWays", "embed_both_ways", "encode_entries", "timed_auto"]
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ def embed_both_ways(
     """
     import numpy as np
 
-    plain, details, seconds_plain = _encode(embedder, entries, role, think="never", **options)
+    plain, details, seconds_plain = encode_entries(embedder, entries, role, think="never", **options)
     scores = [detail.gate_score for detail in details]
     gate_scores = None if any(score is None for score in scores) else np.array(scores, dtype=np.float64)
     if not thoughtful:
         nothing = np.zeros(len(entries), dtype=np.int64)
         return TwoWays(plain, None, gate_scores, nothing, nothing.astype(bool), seconds_plain, 0.0)
-    vectors, details, seconds = _encode(embedder, entries, role, think="always", **options)
+    vectors, details, seconds = encode_entries(embedder, entries, role, think="always", **options)
     return TwoWays(
         plain,
         vectors,
@@ -90,10 +90,24 @@ def embed_both_ways(
 
 def timed_auto(embedder: Any, entries: Sequence[Entry], role: str, threshold: float, **options: Any) -> float:
     """Seconds that the embedder itself takes when its gate decides."""
-    return _encode(embedder, entries, role, think="auto", think_threshold=threshold, **options)[2]
+    return encode_entries(embedder, entries, role, think="auto", think_threshold=threshold, **options)[2]
 
 
-def _encode(embedder: Any, entries: Sequence[Entry], role: str, **options: Any) -> tuple:
+def encode_entries(
+    embedder: Any, entries: Sequence[Entry], role: str, **options: Any
+) -> tuple[np.ndarray, list, float]:
+    """Embed entries in one pass.
+
+    Args:
+        embedder, entries, role: as in :func:`embed_both_ways`.
+        options: of ``encode``.
+
+    Returns:
+        vectors, details and seconds.
+
+    Raises:
+        InputError: an entry cannot be embedded; the message names it.
+    """
     encode = embedder.encode_query if role == "query" else embedder.encode_document
     start = time.perf_counter()
     try:

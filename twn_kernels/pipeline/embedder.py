@@ -6,7 +6,7 @@ What happens to one batch is ``graphs``' business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -214,10 +214,7 @@ class TWNEmbedder:
         vectors: list[Tensor] = []
         details: list[EncodeDetails] = []
         with Progress(len(values), show_progress_bar) as progress:
-            for start in range(0, len(values), batch_size):
-                chunk = values[start : start + batch_size]
-                parsed = [self.processor.parse(value, start + place) for place, value in enumerate(chunk)]
-                batch = self.processor.batch(parsed, prompt, first_index=start)
+            for batch in self._batches(values, prompt, batch_size):
                 result = self._run(batch, config, options, progress)
                 vectors += self._pooled(result.states, config, normalize_embeddings, truncate_dim)
                 details += _details(result, len(batch))
@@ -232,6 +229,36 @@ class TWNEmbedder:
     def encode_document(self, inputs: Any, *, prompt: str | None = None, **options: Any) -> Any:
         """:meth:`encode` with the prompt named ``"document"`` unless another is given."""
         return self.encode(inputs, prompt=self.prompts.get("document") if prompt is None else prompt, **options)
+
+    def gate_states(self, inputs: Any, *, prompt: str | None = None, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        """What a gate reads of each input, in order to train one: states of the plain pass. Needs no gate.
+
+        A :class:`~twn_kernels.modules.GateMLP` gives these states the scores that :meth:`encode` would decide by.
+
+        Args:
+            inputs, prompt, batch_size: as in :meth:`encode`.
+
+        Returns:
+            query states ``[inputs, num_queries, hidden]`` and states of the last prompt token ``[inputs, hidden]``, in
+            the model's dtype, on the CPU: of many inputs they may not fit a GPU beside the model.
+
+        Raises:
+            InputError: an input cannot be embedded; the message begins with its index.
+            OptionError: ``batch_size`` is no whole number of at least 1.
+        """
+        options = EncodeOptions(batch_size, think="never")
+        values, _ = as_list(inputs)
+        self._check_inputs(values, batch_size)
+        shape = (self._queries.num_queries, self._backbone.hidden_size)
+        states = [torch.empty(0, *shape, dtype=self._backbone.dtype)]
+        prompt_states = [states[0][:, 0]]
+        with Progress(len(values), None) as progress:
+            for batch in self._batches(values, prompt, batch_size):
+                result = self._run(batch, self.config, options, progress)
+                states.append(result.states.cpu())
+                prompt_states.append(result.prompt_state.cpu())
+                progress.done(len(batch))
+        return torch.cat(states), torch.cat(prompt_states)
 
     @staticmethod
     def similarity(a: Any, b: Any) -> Tensor:
@@ -257,6 +284,12 @@ class TWNEmbedder:
         if len(values) > batch_size:
             for index, value in enumerate(values):
                 self.processor.parse(value, index)
+
+    def _batches(self, values: list, prompt: str | None, batch_size: int) -> Iterator[EncodedBatch]:
+        for start in range(0, len(values), batch_size):
+            chunk = values[start : start + batch_size]
+            parsed = [self.processor.parse(value, start + place) for place, value in enumerate(chunk)]
+            yield self.processor.batch(parsed, prompt, first_index=start)
 
     def _run(self, batch: EncodedBatch, config: TWNConfig, options: EncodeOptions, progress: Progress) -> BatchResult:
         processor = self.processor

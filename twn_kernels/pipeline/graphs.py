@@ -71,11 +71,14 @@ class BatchResult:
 
     Attributes:
         states: ``[batch, num_queries, hidden]``: the query outputs to pool, thoughtful where a thought was closed.
+        prompt_state: ``[batch, hidden]`` of the last prompt token in the plain pass. Where nobody was sent to think,
+            this and ``states`` are what a gate reads.
         scores: gate score of each input, or None without a gate.
         thoughts: by place in the batch, of the inputs that were sent to think.
     """
 
     states: Tensor
+    prompt_state: Tensor
     scores: list[float] | None
     thoughts: dict[int, Thought]
 
@@ -99,7 +102,7 @@ def run_batch(method: Method, batch: Batch, thinking: Thinking, phase: Callable[
     scores = None if method.gate is None else method.gate(states, prompt_state).tolist()
     chosen = [] if thinking.decide is None else thinking.decide(scores, len(prompt.ids))
     if not chosen:
-        return BatchResult(states, scores, {})
+        return BatchResult(states, prompt_state, scores, {})
     if shared:
         # The queries were the last tokens of every row: forgetting them leaves the prompt's cache.
         roll_back(cache, method.queries.num_queries)
@@ -108,7 +111,7 @@ def run_batch(method: Method, batch: Batch, thinking: Thinking, phase: Callable[
         thoughts = _think_on_cache(method, running, states, thinking, phase)
     else:
         thoughts = _think_and_reencode(method, batch, chosen, states, thinking, phase)
-    return BatchResult(states, scores, thoughts)
+    return BatchResult(states, prompt_state, scores, thoughts)
 
 
 def _read_with_queries(method: Method, prompt: Prompt, adapter: str | None, cache) -> tuple[Tensor, Tensor]:
