@@ -1,14 +1,16 @@
 """What the small backbone learns before it is frozen: to read digits and number words, and single steps of arithmetic.
 
 A backbone stands for a pretrained model: it can see, calculate and close a thought as Qwen3's models do, and knows
-nothing of embedding, of chains of steps or of when to think. Nothing that the number task holds out from training is in
-a lesson.
+nothing of embedding, of chains of steps or of when to think. It knows every wording of the number task, as a pretrained
+model knows its language; training the adapters never uses the ones that the task holds out. Operand pairs,
+compositions and hands that the task holds out are in no lesson.
 """
 
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -53,7 +55,7 @@ class Lessons:
         self._pools = load_pools()
         held = held_out_pairs(task_seed)
         self._steps = {name: [step for step in known_steps(name) if step.key not in held] for name in OPERATIONS}
-        self._kinds = {self._reading: 0.35, self._facts: 0.3, self._step: 0.3, self._word: 0.05}
+        self._kinds = {self._reading: 0.4, self._facts: 0.2, self._step: 0.35, self._word: 0.05}
 
     def __len__(self) -> int:
         return self.count
@@ -75,12 +77,12 @@ class Lessons:
 
     def _reading(self, choose: random.Random) -> Lesson:
         number = choose.randrange(100)
-        text = choose.choice(["", *words.phrases([], by_image=True, unseen=False)])
+        text = choose.choice(["", *_wordings(words.phrases, [], by_image=True)])
         return Lesson(text, self._picture(number, choose), words.thought(number, [], by_image=True))
 
     def _word(self, choose: random.Random) -> Lesson:
         number = choose.randrange(100)
-        text = choose.choice(words.spoken(number, unseen=False))
+        text = choose.choice(_wordings(words.spoken, number))
         return Lesson(text, None, words.thought(number, [], by_image=False))
 
     def _facts(self, choose: random.Random) -> Lesson:
@@ -90,9 +92,13 @@ class Lessons:
 
     def _step(self, choose: random.Random) -> Lesson:
         step, by_image = self._any_step(choose), choose.random() < 0.5
-        text = choose.choice(words.phrases([step], by_image=by_image, unseen=False))
+        text = choose.choice(_wordings(words.phrases, [step], by_image=by_image))
         image = self._picture(step.before, choose) if by_image else None
         return Lesson(text, image, words.thought(step.before, [step], by_image=by_image))
+
+
+def _wordings(words_of: Callable[..., list[str]], *of: Any, **how: Any) -> list[str]:
+    return [text for unseen in (False, True) for text in words_of(*of, unseen=unseen, **how)]
 
 
 def _in_digits(step: Step) -> str:
