@@ -35,7 +35,7 @@ MAY_IMPORT = {
     },
     "shipped": set(),
     "cli": {
-        *("benchmarking", "doctor", "demo", "env", "evaluation", "training"),
+        *("benchmarking", "doctor", "demo", "env", "evaluation", "shipped", "training"),
         *("pipeline", "patching", "ops", "checkpoint"),
     },
     "testing": {"pipeline", "patching", "modules", "ops", "impl", "checkpoint"},

@@ -31,7 +31,9 @@ def test_it_is_a_module_and_states_its_version():
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["nosuch"], ["env", "--nosuch"], ["inspect"], ["embed", "x", "--thresh", "1"]], ids=" ".join
+    "argv",
+    [[], ["nosuch"], ["env", "--nosuch"], ["inspect"], ["embed", "x", "--thresh", "1"], ["demo", "--queries", "0"]],
+    ids=" ".join,
 )
 def test_wrong_usage_is_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -43,7 +45,7 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["inspct", "x"], "no command 'inspct'; commands: env, doctor, inspect, convert, embed, demo, bench, eval."),
+        (["inspct", "x"], "no command 'inspct'; commands: env, doctor, inspect, convert, embed, demo, bench, eval, "),
         (["inspct", "x"], 'Did you mean "inspect"?'),
         (["doctor", "--devise=cpu"], "doctor does not take '--devise=cpu'. Did you mean \"--device\"?"),
         (["env", "surplus"], "env does not take 'surplus'."),

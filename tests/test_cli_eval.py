@@ -93,8 +93,8 @@ def test_the_number_task_is_made(tmp_path, capsys):
     ("argv", "message"),
     [
         ([], "OptionError: eval needs DATA, a data folder or a result.json; or --make-numbers DIR."),
-        (["DATA"], "OptionError: eval of a data folder needs --model and --checkpoint; --model is missing."),
-        (["DATA", "--model", "m"], "OptionError: eval of a data folder needs --model and --checkpoint; --checkpoint"),
+        (["DATA"], "OptionError: eval of a data folder needs --model and --checkpoint, or --shipped; --model is mis"),
+        (["DATA", "--model", "m"], "needs --model and --checkpoint, or --shipped; --checkpoint is missing."),
         (["nowhere", "--model", "m", "--checkpoint", "c"], 'DataError: data folder "nowhere" does not exist.'),
         (["DATA", "--make-numbers", "d"], "OptionError: --make-numbers writes data and takes none, got"),
         (["DATA", "--queries", "3"], "OptionError: --queries belongs to --make-numbers; name splits with --split"),

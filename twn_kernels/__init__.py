@@ -23,7 +23,7 @@ _HOME = {
     "status": "patching",
     "unpatch": "patching",
 }
-_SUBPACKAGES = ("checkpoint", "errors", "modules", "ops", "patching", "pipeline", "testing")
+_SUBPACKAGES = ("checkpoint", "errors", "modules", "ops", "patching", "pipeline", "shipped", "testing")
 
 __all__ = ["__version__", *sorted(_HOME)]
 

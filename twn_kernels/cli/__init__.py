@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from twn_kernels import __version__
-from twn_kernels.cli import bench, evaluate, train
+from twn_kernels.cli import bench, evaluate, shipped, train
 from twn_kernels.cli.values import DTYPES, count, fraction, one_of
 from twn_kernels.errors import OptionError, TWNError, TWNWarning, did_you_mean
 from twn_kernels.settings import DECODE_MODES, IMPLS
@@ -189,7 +189,8 @@ def _add_inspect(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "inspect", allow_abbrev=False, help="what a TWN directory holds, without loading a base model"
     )
-    parser.add_argument("checkpoint", help="a directory or a Hub id")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a directory or a Hub id")
+    shipped.add_shipped(parser, "CHECKPOINT")
     _add_checkpoint_options(parser)
     parser.set_defaults(run=_inspect)
     return parser
@@ -198,6 +199,9 @@ def _add_inspect(subparsers) -> argparse.ArgumentParser:
 def _inspect(arguments: argparse.Namespace) -> int:
     from twn_kernels.checkpoint import inspect_checkpoint
 
+    if arguments.checkpoint is None and arguments.shipped is None:
+        arguments.parser.error("inspect needs CHECKPOINT, a directory or a Hub id; or --shipped numbers")
+    shipped.take_shipped(arguments)
     report = inspect_checkpoint(arguments.checkpoint, **_checkpoint_options(arguments))
     _print_json(report.to_dict()) if arguments.json else print(report)
     return int(not report.ok)
@@ -259,9 +263,7 @@ def _add_embed(subparsers) -> argparse.ArgumentParser:
         "line; with --whole-files the file is one input), an image, or a folder (its images, by name).",
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
-    parser.add_argument("--model", required=True, help="base model: a directory or a Hub id")
-    parser.add_argument("--model-revision", help="branch, tag or commit of the base model, where it is a Hub id")
-    parser.add_argument("--checkpoint", required=True, help="TWN directory or Hub id")
+    shipped.add_model(parser)
     parser.add_argument("--out", required=True, help="vectors: .safetensors or .npy; details go beside it as .jsonl")
     parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     parser.add_argument("--whole-files", action="store_true", help="make each text file one input")
@@ -285,14 +287,18 @@ def _add_embed(subparsers) -> argparse.ArgumentParser:
 def _embed(arguments: argparse.Namespace) -> None:
     from twn_kernels.cli import embed
 
+    if arguments.shipped is None and None in (arguments.model, arguments.checkpoint):
+        arguments.parser.error("embed needs --model and --checkpoint; or --shipped numbers")
+    shipped.take_shipped(arguments)
     embed.run(arguments, _device(arguments.device), _checkpoint_options(arguments), _print_json)
 
 
 def _add_demo(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
-        "demo", allow_abbrev=False, help="the whole path on a tiny untrained model, measured, in minutes"
+        "demo", allow_abbrev=False, help="the shipped model at work: what thinking is worth, and what it costs"
     )
-    parser.add_argument("--directory", help="keep the model and the adapters there; default: a temporary directory")
+    parser.add_argument("--directory", help="where pictures and result go; default: out/demo")
+    parser.add_argument("--queries", type=count, help="how many to retrieve for, half of them simple; default: 400")
     parser.set_defaults(run=_demo)
     return parser
 
@@ -300,10 +306,11 @@ def _add_demo(subparsers) -> argparse.ArgumentParser:
 def _demo(arguments: argparse.Namespace) -> None:
     from twn_kernels import demo
 
+    options = {name: getattr(arguments, name) for name in ("directory", "queries") if getattr(arguments, name)}
     if not arguments.json:
-        demo.run_demo(arguments.directory)
+        demo.run_demo(**options)
         return
-    _print_json(demo.run_demo(arguments.directory, say=lambda line: print(line, file=sys.stderr)))
+    _print_json(demo.run_demo(**options, say=lambda line: print(line, file=sys.stderr)))
 
 
 _COMMANDS = {

@@ -12,6 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from twn_kernels.cli.shipped import add_model, name_of, take_shipped
 from twn_kernels.cli.values import DTYPES, count, fraction, one_of, whole
 from twn_kernels.errors import OptionError, did_you_mean, quoted
 from twn_kernels.settings import DECODE_MODES, IMPLS
@@ -22,9 +23,9 @@ _MODES = ("never", "always", "auto")
 _METRICS = ("ndcg", "recall", "mrr", "hit")
 # What only the evaluation of a data folder reads, and what a result that is shown again reads too.
 _OF_A_RUN = (
-    *("model", "model_revision", "checkpoint", "split", "think", "threshold", "think_documents", "time_auto", "k"),
-    *("metric", "resamples", "max_think_tokens", "batch_size", "query_prompt", "document_prompt", "device", "dtype"),
-    *("impl", "decode", "revision", "subfolder", "local_files_only"),
+    *("model", "model_revision", "checkpoint", "shipped", "split", "think", "threshold", "think_documents"),
+    *("time_auto", "k", "metric", "resamples", "max_think_tokens", "batch_size", "query_prompt", "document_prompt"),
+    *("device", "dtype", "impl", "decode", "revision", "subfolder", "local_files_only"),
 )
 _OF_A_RESULT = ("out", "plot", "compare", "overwrite")
 
@@ -36,12 +37,10 @@ def add(subparsers) -> argparse.ArgumentParser:
         allow_abbrev=False,
         help="retrieval with never, always and adaptive thinking, and whether the gate is worth it",
         description="DATA: a folder in BEIR's format (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; entries may name "
-        "an image), which needs --model and --checkpoint; or a result.json, which is shown again.",
+        "an image), which needs --model and --checkpoint, or --shipped; or a result.json, which is shown again.",
     )
     parser.add_argument("data", nargs="?", metavar="DATA")
-    parser.add_argument("--model", help="base model: a directory or a Hub id")
-    parser.add_argument("--model-revision", help="branch, tag or commit of the base model, where it is a Hub id")
-    parser.add_argument("--checkpoint", help="TWN directory or Hub id")
+    add_model(parser)
     parser.add_argument("--split", action="append", metavar="NAME", help="may be repeated; default: all")
     parser.add_argument("--think", type=_modes, default=_MODES, help="modes, with commas; default: never,always,auto")
     parser.add_argument("--threshold", type=fraction, help="of auto, 0 to 1; default: the checkpoint's")
@@ -139,10 +138,13 @@ def _given(arguments: argparse.Namespace, *names: str) -> list[str]:
 def _evaluated(arguments: argparse.Namespace) -> dict:
     from twn_kernels.evaluation import EvaluationOptions, evaluate, split_names
 
-    missing = [name for name in ("model", "checkpoint") if getattr(arguments, name) is None]
     split_names(arguments.data)  # before a model is loaded
+    take_shipped(arguments)
+    missing = [name for name in ("model", "checkpoint") if getattr(arguments, name) is None]
     if missing:
-        raise OptionError(f"eval of a data folder needs --model and --checkpoint; --{missing[0]} is missing.")
+        raise OptionError(
+            f"eval of a data folder needs --model and --checkpoint, or --shipped; --{missing[0]} is missing."
+        )
     _require_free(arguments)
     options = EvaluationOptions(
         splits=None if arguments.split is None else tuple(dict.fromkeys(arguments.split)),
@@ -163,7 +165,7 @@ def _evaluated(arguments: argparse.Namespace) -> dict:
         _embedder(arguments),
         arguments.data,
         options,
-        names={"model": arguments.model, "checkpoint": arguments.checkpoint},
+        names={part: name_of(arguments, part) for part in ("model", "checkpoint")},
         command=shlex.join(["twn-kernels", *arguments.words]),
         say=say,
         show_progress_bar=not arguments.quiet,
