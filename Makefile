@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## Embed real images and texts with a tiny model, compare with PEFT (CPU, under 3 minutes)
+demo: $(STAMP) ## Retrieve with the shipped model, thinking when needed, beside PEFT (CPU, under 3 minutes)
 	@$(PY) -m twn_kernels demo
 
 test: lint $(BUILT) ## Lint, then every test that this machine can run (CPU, under 15 minutes on 2 cores)

@@ -13,7 +13,7 @@ WRITERS = {
     "write_tiny_model": (lambda path: testing.write_tiny_model(path, "llama"), ""),
     "write_twn_directory": (lambda path: testing.write_twn_directory(path, tiny_model("llama")), ""),
     "write_demo_directories": (lambda path: testing.write_demo_directories(path, family="llama"), "twn"),
-    "run_demo": (run_demo, "timing/base"),
+    "run_demo": (run_demo, ""),
 }
 
 

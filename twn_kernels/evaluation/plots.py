@@ -19,6 +19,7 @@ _MARKS = {
     "oracle": ("#CC79A7", "*"),
 }
 _PANEL_INCHES = (4.2, 3.6)
+_LABELS_A_PANEL = 3  # as many as the width of one panel holds
 _SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -59,7 +60,7 @@ def draw(document: Mapping[str, Any], path: str | os.PathLike) -> Path:
         axes.set_xlabel("tokens thought a query")
     panels[0].set_ylabel(document["metric"])
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=_LABELS_A_PANEL * len(splits), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "twn_kernels"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
