@@ -1,0 +1,98 @@
+"""The card of a trained model: its numbers are the run's and the evaluation's, and an unfinished run gets none."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from twn_kernels.errors import ResultError, TrainingError
+from twn_kernels.training.config import TrainingConfig
+from twn_kernels.training.model_card import model_card
+
+_INTERVAL = {"confidence": 0.95, "resamples": 100}
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory) -> dict:
+    """Of the tiny model on a few queries: a real document, with figures that a test can recognise put in."""
+    from twn_kernels import TWNEmbedder
+    from twn_kernels.evaluation import EvaluationOptions, evaluate
+    from twn_kernels.evaluation.number_task import make_number_task
+    from twn_kernels.testing import write_demo_directories
+
+    folder = tmp_path_factory.mktemp("card")
+    embedder = TWNEmbedder.from_pretrained(*write_demo_directories(folder), device="cpu")
+    data = make_number_task(folder / "numbers", queries=4, train_queries=1, copies=1)
+    options = EvaluationOptions(splits=("test", "ood_pairs"), max_think_tokens=2, resamples=100)
+    document = evaluate(embedder, data, options, command="twn-kernels eval numbers --shipped numbers")
+    test = document["splits"]["test"]
+    test["modes"]["auto"] |= {"ndcg_at_10": 0.8127, "hit_at_1": 0.625, "think_rate": 0.5, "query_tokens": 26}
+    test["classes"]["thoughtful"] |= {"never": 0.0631, "auto": 0.7319}
+    test["differences"]["auto_minus_never"] = {"mean": 0.4171, "low": 0.3052, "high": 0.5293, **_INTERVAL}
+    test["differences"]["auto_minus_always"] = {"mean": -0.01, "low": -0.03, "high": 0.01, **_INTERVAL}
+    return document
+
+
+@pytest.fixture
+def run() -> dict:
+    """What a finished run tells of itself."""
+    return {
+        "command": "twn-kernels train numbers --out out/numbers",
+        "config": json.loads(json.dumps(TrainingConfig(seed=7).as_dict())),
+        "stages": {name: {"done": True, "seconds": 600.0, "figures": {}} for name in ("base", "joint", "gate")},
+        "versions": {"python": "3.11", "torch": "2.13.0", "transformers": "5.17.0"},
+        "machine": {"processor": "x86_64", "device": "CPU", "threads": 2},
+        "commit": "0123456789abcdef",
+        "dirty": False,
+    }
+
+
+def test_every_number_is_the_runs_or_the_evaluations(run, evaluation):
+    card = model_card(run, evaluation)
+    assert "| `test` | auto | 0.813 | 0.625 | 50% | 6.5 |" in card
+    assert "| `test` | thoughtful | " in card and "| 0.063 |" in card and "| 0.732 |" in card
+    assert "| `test` | +0.417 [+0.305, +0.529] better | -0.010 [-0.030, +0.010] not shown |" in card
+    assert "- `ood_pairs`: operand pairs that training never shows" in card
+    assert "In all 30 minutes on a CPU (x86_64) with 2 threads; seed 7; torch 2.13.0, transformers 5.17.0;" in card
+    assert (
+        "commit\n`0123456789ab`. To train" in card and "```bash\ntwn-kernels train numbers --out out/numbers\n" in card
+    )
+    assert "12,000 training queries, 10 images of each number, seed 7." in card
+    assert f"| base | {evaluation['model']['parameters']['base']:,} |" in card
+    assert card.count("\n## ") == 5 and card.rstrip().splitlines()[-1].startswith("- So small a model")
+
+
+def test_a_gpu_other_data_and_a_changed_tree_are_said(run, evaluation):
+    run["machine"]["device"], run["dirty"] = "NVIDIA H100", True
+    run["config"]["data"]["folder"] = "my/data"
+    card = model_card(run, evaluation)
+    assert "minutes on NVIDIA H100 with" in card and "` with uncommitted changes. To train" in card
+    assert "- Adapters, queries and gate: the folder `my/data`, split `train`." in card
+
+
+def test_an_unfinished_run_gets_no_card(run, evaluation):
+    run["stages"]["gate"]["done"] = False
+    with pytest.raises(TrainingError, match='stage "gate" is not done. Go on with twn-kernels train --resume.$'):
+        model_card(run, evaluation)
+    with pytest.raises(TrainingError, match="it has no stages"):
+        model_card(run | {"stages": {}}, evaluation)
+
+
+def test_an_evaluation_that_does_not_tell_enough_is_refused(run, evaluation):
+    without = copy.deepcopy(evaluation)
+    without["model"]["parameters"] = None
+    with pytest.raises(ResultError, match="does not count them"):
+        model_card(run, without)
+    with pytest.raises(ResultError, match="the evaluation.commit is missing"):
+        model_card(run, {name: value for name, value in evaluation.items() if name != "commit"})
+    one_mode = copy.deepcopy(evaluation)
+    for split in one_mode["splits"].values():
+        for name in ("oracle", "random", "sweep", "best_in_hindsight", "calibration"):
+            del split[name]
+        del split["modes"]["auto"], split["differences"]
+        for told in split["classes"].values():
+            del told["think_rate"], told["auto"]
+    with pytest.raises(ResultError, match='split "test" lacks "auto"|the evaluation'):
+        model_card(run, one_mode)

@@ -1,0 +1,191 @@
+"""The card of the number task's model: what it was trained on, how, what it reaches, and what it cannot do.
+
+Owns the words. Every number comes from the run's own record and from the result of an evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from twn_kernels.errors import ResultError, TrainingError
+from twn_kernels.evaluation import tables
+from twn_kernels.evaluation.number_task import SPLITS
+from twn_kernels.evaluation.results import parse
+
+__all__ = ["model_card"]
+
+_MODES = ("never", "always", "auto")
+_STAGES = {
+    "base": "the backbone, all of its weights, on lessons: reading digits and number words, single steps of arithmetic",
+    "joint": "both adapters and the queries, on the frozen backbone",
+    "policy": "`reasoning`, by group-relative policy optimisation of the thought",
+    "gate": "the gate, on queries that joint training did not see",
+}
+_DIFFERENCES = {
+    "auto_minus_never": "auto minus never",
+    "auto_minus_always": "auto minus always",
+    "auto_minus_random": "auto minus a random gate that thinks as often",
+}
+_LIMITS = """\
+- It knows one task: the numbers 0 to 99, in the words of the number task and in the digits of one data set of 8 x 8
+  pixels. Vectors of any other text or image mean nothing. It is there to show the method and to test the package.
+- It calculates with five operations (times, plus, minus, double, half) and values from 0 to 99. A thought may be wrong,
+  and then it finds another number's images.
+- The gate learned from thoughts of this model on this task. What it is worth elsewhere is in the rows above whose split
+  begins with `ood`, and nowhere else.
+- Results are of one run with one seed. How much they vary from seed to seed was not measured unless it is said above.
+- So small a model says nothing about the speed of the kernels."""
+
+
+def model_card(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    """Markdown that describes a trained number model.
+
+    Args:
+        run: ``run.json`` of :func:`twn_kernels.training.run.train`.
+        evaluation: result document of :func:`twn_kernels.evaluation.evaluate` on the number task, with all three modes.
+
+    Raises:
+        TrainingError: a stage of the run is not done.
+        ResultError: the evaluation is malformed, lacks a mode, or does not count the model's parameters.
+    """
+    parse(evaluation, "the evaluation")
+    _require_whole(run, evaluation)
+    parts = [_heading(evaluation), _data(run), _training(run), _parameters(evaluation), _results(evaluation)]
+    return "\n\n".join([*parts, f"## What it cannot do\n\n{_LIMITS}"]) + "\n"
+
+
+def _require_whole(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
+    undone = [name for name, stage in run["stages"].items() if not stage.get("done")]
+    if undone or not run["stages"]:
+        what = f'stage "{undone[0]}" is not done' if undone else "it has no stages"
+        raise TrainingError(f"a card is of a finished run, and {what}. Go on with twn-kernels train --resume.")
+    for name, split in evaluation["splits"].items():
+        absent = [mode for mode in _MODES if mode not in split["modes"]]
+        if absent:
+            raise ResultError(f'the card tells of never, always and auto, and split "{name}" lacks "{absent[0]}".')
+    if evaluation["model"]["parameters"] is None:
+        raise ResultError("the card tells how many parameters there are, and the evaluation does not count them.")
+
+
+def _heading(evaluation: Mapping[str, Any]) -> str:
+    counts = evaluation["model"]["parameters"]
+    return f"""---
+license: apache-2.0
+library_name: twn_kernels
+tags:
+- lora
+- embeddings
+- multimodal
+---
+
+# The number model
+
+A *Think When Needed* embedder for the number task of `twn_kernels`: find the image of a number that is named, shown in
+another hand, or to be worked out. `base/` is the frozen backbone: {counts["base"]:,} parameters in Qwen3-VL's classes,
+and a tokenizer of the task's words. `twn/` holds the two adapters, the queries and the gate.
+
+```python
+import twn_kernels
+from twn_kernels.shipped import number_model
+
+embedder = twn_kernels.TWNEmbedder.from_pretrained(*number_model()[:2])
+vectors, details = embedder.encode(["six times seven"], think="auto", return_details=True)
+```"""
+
+
+def _data(run: Mapping[str, Any]) -> str:
+    data, gate, seed = run["config"]["data"], run["config"]["gate"], run["config"]["seed"]
+    source = f"the folder `{data['folder']}`, split `{data['split']}`"
+    if data["folder"] is None:
+        counted = f"{data['train_queries']:,} training queries, {data['copies']} images of each number"
+        source = f"the number task with {counted}, seed {seed}"
+    return f"""## Data
+
+- Adapters, queries and gate: {source}.
+  {gate["share"]:.0%} of the training queries were kept out of joint training for the gate.
+- Written thoughts: by the task's own rules, a working that ends in the answer.
+- Digits: Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; UCI, CC BY 4.0), as scikit-learn ships
+  them: the first two thirds of the samples train, the last third tests.
+- Held out: digit samples, wordings, a fifth of the operand pairs, five of the 25 pairs of operations, longer chains,
+  degraded images. The lessons of the backbone hold every wording, as a pretrained model knows its language, and
+  otherwise none of these; adapters, queries and gate never saw a wording that is held out."""
+
+
+def _training(run: Mapping[str, Any]) -> str:
+    config, machine = run["config"], run["machine"]
+    rows = []
+    for name, stage in run["stages"].items():
+        settings = config[name]
+        size = f"{settings['steps']:,} x {settings['batch_size']}"
+        rows.append((f"`{name}`", _STAGES.get(name, ""), size, f"{stage['seconds'] / 60:.1f}"))
+    total = sum(stage["seconds"] for stage in run["stages"].values())
+    device = machine["device"] if machine["device"] != "CPU" else f"a CPU ({machine['processor']})"
+    versions = ", ".join(
+        f"{name} {run['versions'][name]}" for name in ("torch", "transformers") if name in run["versions"]
+    )
+    dirty = " with uncommitted changes" if run.get("dirty") else ""
+    return f"""## Training
+
+{_table(("stage", "what learns", "steps x batch", "minutes"), rows)}
+
+In all {total / 60:.0f} minutes on {device} with {machine["threads"]} threads; seed {config["seed"]}; {versions}; commit
+`{run["commit"][:12]}`{dirty}. To train it again (same seed, same data; bits may differ from machine to machine):
+
+```bash
+{run["command"]}
+```"""
+
+
+def _parameters(evaluation: Mapping[str, Any]) -> str:
+    counts = evaluation["model"]["parameters"]
+    rows = [(name, f"{counts[name]:,}") for name in ("base", "reasoning", "embedding", "queries", "gate")]
+    return f"""## Parameters
+
+{_table(("part", "parameters"), rows)}
+
+Adapters, queries and gate add {counts["added_percent"]:.1f} % to the backbone; the same ranks add far less to a large
+one."""
+
+
+def _results(evaluation: Mapping[str, Any]) -> str:
+    metric, splits = evaluation["metric"], evaluation["splits"]
+    rows, kinds = [], []
+    for name, split in splits.items():
+        queries = evaluation["data"]["splits"][name]["queries"]
+        for mode in _MODES:
+            told = split["modes"][mode]
+            tokens = f"{told['query_tokens'] / queries:.1f}"
+            quality = f"{told[metric]:.3f}", f"{told['hit_at_1']:.3f}"
+            rows.append((f"`{name}`", mode, *quality, f"{told['think_rate']:.0%}", tokens))
+        for kind, told in split["classes"].items():
+            quality = (f"{told[mode]:.3f}" for mode in _MODES)
+            kinds.append((f"`{name}`", kind, f"{told['think_rate']:.0%}", *quality))
+    meanings = [f"- `{name}`: {SPLITS[name].says}" for name in splits if name in SPLITS]
+    parts = [
+        "## Results",
+        f"Written {evaluation['created'][:10]} by `{evaluation['command']}`; threshold of auto "
+        f"{evaluation['options']['threshold']:g}. *thinks*: share of the queries; *tokens*: thought, a query.",
+        _table(("split", "mode", metric, "hit_at_1", "thinks", "tokens"), rows),
+        "\n".join(meanings),
+        f"{metric} by class; *thinks* is auto's:",
+        _table(("split", "class", "thinks", *_MODES), kinds),
+        f"Is the gate worth having? Differences of {metric}, 95 % intervals paired by query:",
+        _table(("split", *_DIFFERENCES.values()), list(_difference_rows(splits))),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _difference_rows(splits: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
+    for name, split in splits.items():
+        cells = []
+        for key in _DIFFERENCES:
+            found = split["differences"][key]
+            spread = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+            cells.append(f"{spread} {tables.verdict(found)}")
+        yield f"`{name}`", *cells
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
