@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     path = Path(__file__).parents[1] / "training" / "numbers.toml"
     config = load_config(
-        path if arguments.config == "numbers" and not Path("numbers").exists() else arguments.config,
+        path if arguments.config == "numbers" and not Path("numbers").is_file() else arguments.config,
         dict(map(_change, arguments.set)),
     )
     if arguments.show_config:
