@@ -116,6 +116,13 @@ def test_one_adapter_for_both_jobs_learns_from_every_loss(name, graph, embedder_
     for loss in LOSSES:
         told = moved(gradients(trainee, losses[loss]))
         assert told == {name: {True}, "queries": {loss != "thought"}}, loss
+    with torch.no_grad():
+        before = losses_of(trainee, trainee(rows_of(embedder, inputs, thoughts_for(inputs))))
+        for parameter_name, parameter in trainee.named_parameters():
+            if kind_of(parameter_name) == ({"reasoning", "embedding"} - {name}).pop():
+                parameter.mul_(3.0)
+        after = losses_of(trainee, trainee(rows_of(embedder, inputs, thoughts_for(inputs))))
+    assert before == after  # the other adapter is nowhere in it
 
 
 @pytest.mark.parametrize("graph", ["shared_kv", "reencode"])
