@@ -112,8 +112,8 @@ def test_features_of_any_size_are_learned_from(gate_input, directories, tmp_path
     """One small feature says the label; others are large, or stand far from zero, or never change."""
     wanted = torch.arange(400) % 2 == 0
     states, prompt = 40.0 * torch.randn(400, 3, 8), 40.0 * torch.randn(400, 8)
-    for tensor in (states[:, 1], prompt):
-        tensor[:, 5] = 300 + 2.0 * (wanted.float() - 0.5) + 0.1 * torch.randn(400)
+    states[:, 1, 5] = 300 + 2.0 * (wanted.float() - 0.5) + 0.1 * torch.randn(400)
+    prompt[:, 4] = 100 - 2.0 * (wanted.float() - 0.5) + 0.1 * torch.randn(400)
     states[:, ::2, 5] = 300.0
     states[..., 6], prompt[:, 6] = 7.0, 7.0
     vectors = torch.eye(2)[wanted.long()]

@@ -102,6 +102,8 @@ def test_what_is_collected_is_what_the_embedder_gives(llama, tmp_path):
     closed = torch.tensor([detail.thought for detail in details])
     assert 0 < closed.sum() < len(closed)
     plain = torch.from_numpy(llama.encode_query(texts, think="never", batch_size=8))
+    states = llama.gate_states([query.input for query in QUERIES], prompt="Find it.", batch_size=8)
+    assert torch.equal(found.query_states, states[0]) and torch.equal(found.prompt_states, states[1])
     # The mean over the queries is taken of states that lie elsewhere, hence not to the bit.
     truth = pool_queries(found.query_states.double(), pooling=llama.config.pooling, normalize=True)
     assert_as_good_as_torch(found.plain, truth, plain)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from twn_kernels.evaluation import number_words as words
 from twn_kernels.evaluation.number_images import drawn, load_pools
-from twn_kernels.evaluation.number_task import held_out_pairs, known_steps
+from twn_kernels.evaluation.number_task import UNSEEN_COMPOSITIONS, held_out_pairs, known_steps
 from twn_kernels.evaluation.number_words import BINARY, OPERATIONS, Step, applied
 from twn_kernels.testing.qwen_processor import THINK_TOKENS
 
@@ -86,7 +86,11 @@ class Lessons:
         return Lesson(text, None, words.thought(number, [], by_image=False))
 
     def _facts(self, choose: random.Random) -> Lesson:
-        steps = [self._any_step(choose) for _ in range(choose.randint(1, _MOST_FACTS))]
+        steps: list[Step] = []
+        for _ in range(choose.randint(1, _MOST_FACTS)):
+            step = self._any_step(choose)
+            if not (steps and _goes_on(steps[-1], step)):
+                steps.append(step)
         asked = ", ".join(_in_digits(step) for step in steps)
         return Lesson(asked, None, " ".join(f"{_in_digits(step)} is {applied(step)}." for step in steps))
 
@@ -99,6 +103,11 @@ class Lessons:
 
 def _wordings(words_of: Callable[..., list[str]], *of: Any, **how: Any) -> list[str]:
     return [text for unseen in (False, True) for text in words_of(*of, unseen=unseen, **how)]
+
+
+def _goes_on(first: Step, second: Step) -> bool:
+    """Whether two facts happen to be one after the other of the compositions that the task holds out."""
+    return second.before == applied(first) and (first.operation, second.operation) in UNSEEN_COMPOSITIONS
 
 
 def _in_digits(step: Step) -> str:

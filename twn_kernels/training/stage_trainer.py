@@ -20,7 +20,15 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from twn_kernels.errors import OptionError, TrainingError
-from twn_kernels.training.states import load_learned, newest_state, publish, save_learned, staging_folder
+from twn_kernels.training.states import (
+    drawn,
+    load_learned,
+    newest_state,
+    publish,
+    save_learned,
+    staging_folder,
+    undraw,
+)
 
 __all__ = ["LOG_FILE", "StageTrainer", "stage_arguments"]
 
@@ -126,6 +134,7 @@ class StageTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As the Trainer calls it."""
+        self._drawn = drawn()
         inputs = self._prepare_inputs(inputs)
         scalars = self.step(model, inputs)
         self._require_finite(scalars)
@@ -152,6 +161,7 @@ class StageTrainer(Trainer):
         if all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
             folder = self.out / f"checkpoint-{step}"
             if not folder.exists():
+                undraw(self._drawn)
                 self._save_checkpoint(self.model, None)
             return f'the state after step {step} is kept in "{folder}"'
         state = newest_state(self.out)

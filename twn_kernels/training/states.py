@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,7 +23,17 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from twn_kernels.errors import CheckpointError
 
-__all__ = ["WEIGHTS_FILE", "learned_of", "load_learned", "newest_state", "publish", "save_learned", "staging_folder"]
+__all__ = [
+    "WEIGHTS_FILE",
+    "drawn",
+    "learned_of",
+    "load_learned",
+    "newest_state",
+    "publish",
+    "save_learned",
+    "staging_folder",
+    "undraw",
+]
 
 WEIGHTS_FILE = "learned.safetensors"
 _DIGESTS_FILE = "sha256.json"
@@ -80,6 +93,22 @@ def _digest(path: Path) -> str:
         while piece := file.read(1 << 20):
             whole.update(piece)
     return whole.hexdigest()
+
+
+def drawn() -> tuple[Any, ...]:
+    """How far the global generators have got: Python's, numpy's, torch's of the CPU and of every GPU."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus
+
+
+def undraw(before: tuple[Any, ...]) -> None:
+    """Take the global generators back to where :func:`drawn` found them."""
+    python, numpy, cpu, gpus = before
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if gpus:
+        torch.cuda.set_rng_state_all(gpus)
 
 
 def learned_of(model: nn.Module) -> dict[str, Tensor]:
