@@ -219,3 +219,34 @@ def test_a_short_run_learns(family, graph, embedder_of, trainee_of, tmp_path):
     for name in LOSSES:
         assert rows[-1][name] < 0.5 * rows[0][name], name
     assert max(before) < 0.7 and recall_at_1(embedder, trainee, examples) == (1.0, 1.0)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(embedder_of, trainee_of, tmp_path, monkeypatch):
+    """Six steps that save after the third; the same, stopped in the fifth and resumed by a new process' objects."""
+    examples, values = examples_for("llama", tmp_path), settings(save_steps=3, log_steps=2)
+
+    def run(folder, *, stop: bool = False, resume: bool = False):
+        embedder = embedder_of("llama")
+        trainee = trainee_of(embedder)
+        trainer = joint_trainer(trainee, embedder, examples, folder, values)
+        step = trainer.step
+
+        def stopped(*args):
+            if trainer.state.global_step == 4:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        if stop:
+            monkeypatch.setattr(trainer, "step", stopped)
+        trainer.run(resume=resume)
+        return {name: p.detach() for name, p in trainee.named_parameters() if p.requires_grad}
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", stop=True)
+    resumed = run(tmp_path / "stopped", resume=True)
+    assert whole.keys() == resumed.keys() and all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    logs = [log_of(tmp_path / name) for name in ("whole", "stopped")]
+    assert [row["step"] for row in logs[0]] == [2, 4, 6]
+    first, second = ([row | {"seconds": 0} for row in log] for log in logs)
+    assert first == second

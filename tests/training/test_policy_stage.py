@@ -147,8 +147,11 @@ def test_errors_say_what_is_wrong(embedder_of, trainee_of, tmp_path):
     with pytest.raises(OptionError, match=r'needs "reasoning" to think and "embedding" to embed.*Train two adapters\.'):
         run(trainee=trainee_of(embedder, Roles("reasoning", "reasoning")))
     run(trainee=trainee_of(embedder))
+    shifted(trainee, 0.1)
+    before = everything(trainee)
     with pytest.raises(OptionError, match="holds states of a run, the newest is checkpoint-2"):
-        run(trainee=trainee_of(embedder))
+        run()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in everything(trainee).items())
     shutil.rmtree(tmp_path / "start")
     with pytest.raises(twn_kernels.errors.CheckpointError, match="start"):
         run(trainee=trainee_of(embedder), resume=True)

@@ -147,7 +147,7 @@ class PolicyTrainer(StageTrainer):
         super().__init__(trainee, out, settings, repeated, lambda batch: {"batch": collate(batch)}, seed=seed, say=say)
 
     def step(self, model: Trainee, batch: dict[str, PolicyBatch]) -> dict[str, Tensor]:
-        """One update; thoughts are new in the first of ``inner_steps``."""
+        """One update; thoughts are new in the first of ``inner_steps``, and where a run goes on between two of them."""
         if self._round is None or self.state.global_step % self.inner_steps == 0:
             self._round = self._sampled(model, batch["batch"])
         current, settings = self._round, self.settings
