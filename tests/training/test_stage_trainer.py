@@ -76,10 +76,6 @@ def stopped_at(step: int, error: type[BaseException] = KeyboardInterrupt):
     return spoil
 
 
-def times(step: int, factor: float):
-    return lambda now, model: factor if now == step else 1.0
-
-
 def rows(out) -> list[dict]:
     """The log without what the clock says."""
     told = [json.loads(line) for line in (out / LOG_FILE).read_text().splitlines()]
@@ -117,6 +113,13 @@ def test_a_log_row_is_the_mean_since_the_row_before(tmp_path):
     assert set(told[0]) == {"step", "loss", "largest", "grad_norm", "learning_rate"}
     assert told[0]["learning_rate"] == single[3]["learning_rate"] == pytest.approx(0.05 * 0.65451, rel=1e-4)
     assert len(said) == 2 and said[0].startswith("step 4  loss ")
+
+
+def test_examples_are_read_in_order(tmp_path):
+    made = trainer(tmp_path, log_steps=1)
+    made.run()
+    read = torch.stack(made.train_dataset).view(STEPS, 2, 4)
+    assert [row["largest"] for row in rows(tmp_path)] == read.amax((1, 2)).tolist()
 
 
 def test_a_state_holds_what_learns_and_no_more(tmp_path):
@@ -294,7 +297,8 @@ def test_a_damaged_state_is_named_and_not_used(name, damage, whole, tmp_path):
 
 def test_a_state_of_somebody_else_is_refused(tmp_path):
     """HuggingFace's own trainer writes folders of the same name."""
-    arguments = TrainingArguments(str(tmp_path), max_steps=1, save_steps=1, report_to=[], disable_tqdm=True)
+    quiet = {"report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, save_steps=1, **quiet)
 
     class Plain(Trainer):
         def compute_loss(self, model, inputs, **_):

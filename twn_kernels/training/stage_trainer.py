@@ -149,7 +149,7 @@ class StageTrainer(Trainer):
         if not bad and all(torch.isfinite(p.grad).all() for p in learned):
             return
         self.model.zero_grad(set_to_none=True)
-        what = f"{bad[0]} is {float(scalars[bad[0]])}" if bad else "a gradient is not finite"
+        what = f"{bad[0]} is {float(torch.as_tensor(scalars[bad[0]]).detach())}" if bad else "a gradient is not finite"
         raise TrainingError(
             f"step {self.state.global_step + 1}: {what}. Stopped; {self._kept()}. "
             "Lower learning_rate or look at the batch, then resume."
