@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from twn_kernels import shipped
 from twn_kernels.checkpoint import load_checkpoint
 from twn_kernels.evaluation import load_result
+from twn_kernels.training.model_card import model_card
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "twn_kernels" / "shipped" / "numbers" / "results"
@@ -44,6 +46,18 @@ def test_the_result_is_of_the_shipped_weights(result):
 
 def test_every_split_out_of_distribution_is_there(result):
     assert {"test", "ood_pairs", "ood_compositions", "ood_chains", "ood_images"} == set(result["splits"])
+
+
+def test_the_card_is_made_of_the_run_and_the_result_alone(result):
+    run = json.loads((RESULTS.parent / "run.json").read_text(encoding="utf-8"))
+    assert shipped.number_model().card.read_text(encoding="utf-8") == model_card(run, result)
+
+
+def test_the_run_tells_what_was_done_by_hand():
+    run = json.loads((RESULTS.parent / "run.json").read_text(encoding="utf-8"))
+    assert (run["commit"], run["dirty"]) == ("unknown", None)
+    card = shipped.number_model().card.read_text(encoding="utf-8")
+    assert run["remarks"] and all(remark in card for remark in run["remarks"])
 
 
 def test_the_card_and_the_readme_quote_the_result(result):

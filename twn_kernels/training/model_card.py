@@ -125,12 +125,15 @@ def _training(run: Mapping[str, Any]) -> str:
         f"{name} {run['versions'][name]}" for name in ("torch", "transformers") if name in run["versions"]
     )
     dirty = " with uncommitted changes" if run.get("dirty") else ""
+    remarks = "".join(f"\n- {remark}" for remark in run.get("remarks", ()))
+    again = "To train it again (same seed, same data; bits may differ from machine to machine):"
+    begun = "Begun by the command below; what was done besides:\n" + remarks if remarks else again
     return f"""## Training
 
 {_table(("stage", "what learns", "steps x batch", "minutes"), rows)}
 
 In all {total / 60:.0f} minutes on {device} with {machine["threads"]} threads; seed {config["seed"]}; {versions}; commit
-`{run["commit"][:12]}`{dirty}. To train it again (same seed, same data; bits may differ from machine to machine):
+`{run["commit"][:12]}`{dirty}. {begun}
 
 ```bash
 {run["command"]}
