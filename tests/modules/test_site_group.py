@@ -155,7 +155,6 @@ def test_linears_without_adapters_are_the_base():
         (torch.float32, {torch.bfloat16}, torch.float32),
         (torch.float64, {torch.float32}, torch.float64),
     ],
-    ids=str,
 )
 def test_the_dtype_that_adapters_are_cast_to(dtype, used, target):
     assert fitting_dtype(dtype, used) == target
