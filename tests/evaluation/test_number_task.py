@@ -80,7 +80,7 @@ def test_every_query_in_words_asks_for_its_number(splits):
             if entry.metadata["class"] == "thoughtful" and entry.metadata["modality"] == "text":
                 assert answered(entry.text) == entry.metadata["number"], entry.text
                 checked += 1
-    assert checked > 40
+    assert checked > 30
 
 
 @pytest.mark.parametrize("step", [("times", 6, 7), ("plus", 39, 3), ("minus", 46, 4), ("half", 84), ("double", 21)])
@@ -127,12 +127,15 @@ def test_images_show_their_numbers_and_queries_the_first_operand(splits):
 
 
 def test_both_classes_and_all_modalities_are_there(splits):
+    found: dict[str, set[str]] = {"simple": set(), "thoughtful": set()}
     for name, split in splits.items():
         kinds = collections.Counter(entry.metadata["class"] for entry in split.queries)
         assert kinds["simple"] == kinds["thoughtful"] == len(split.queries) // 2, name
-        simple = {entry.metadata["modality"] for entry in split.queries if entry.metadata["class"] == "simple"}
-        hard = {entry.metadata["modality"] for entry in split.queries if entry.metadata["class"] == "thoughtful"}
-        assert simple == {"text", "image", "both"} and hard == {"text", "both"}, name
+        for kind, modalities in found.items():
+            own = {entry.metadata["modality"] for entry in split.queries if entry.metadata["class"] == kind}
+            assert len(own) > 1, name
+            modalities |= own
+    assert found == {"simple": {"text", "image", "both"}, "thoughtful": {"text", "both"}}
 
 
 def samples_of(entries) -> set[int]:
@@ -156,6 +159,29 @@ def test_no_split_shares_a_digit_an_image_or_a_worded_query_with_training(splits
     assert alone[0] and alone[1] and not alone[0] & alone[1]
 
 
+def test_simple_words_repeat_in_training_alone(tmp_path):
+    """Two hundred texts are all that there are: without repetition a large training split has next to none of them."""
+    folder = make_number_task(tmp_path / "many", queries=60, train_queries=1500, copies=1)
+    train, test = simple_of(folder, "train"), simple_of(folder, "test")
+    assert len(set(train)) < len(train) and 0.28 < len(train) / 750 < 0.38
+    assert len(set(test)) == len(test) > 0
+
+
+def simple_of(folder: Path, split: str) -> list[str]:
+    """Texts of a split's simple queries in words."""
+    known = [entry.metadata | {"text": entry.text} for entry in read_split(folder, split).queries]
+    return [found["text"] for found in known if (found["class"], found["modality"]) == ("simple", "text")]
+
+
+def test_thoughts_are_as_long_where_nothing_is_to_be_worked_out(splits):
+    """In words and digits, within 15 %: a mixture whose simple half has short thoughts says little about a gate."""
+    means = {}
+    for kind in ("simple", "thoughtful"):
+        thoughts = [entry.metadata["thought"] for entry in splits["train"].queries if entry.metadata["class"] == kind]
+        means[kind] = sum(len(re.findall(r"[a-z]+|\d", thought)) for thought in thoughts) / len(thoughts)
+    assert 0.85 < means["simple"] / means["thoughtful"] < 1.15
+
+
 @pytest.mark.parametrize("name", list(SPLITS))
 def test_a_query_is_in_another_hand_than_every_document(splits, name):
     assert not samples_of(splits[name].queries) & samples_of(splits[name].documents)
@@ -174,7 +200,7 @@ def test_unseen_phrasing_is_in_no_training_query(name):
 
 
 def test_each_split_holds_out_what_it_says(splits):
-    held = held_out_pairs(0)
+    held = held_out_pairs()
     for name, split in splits.items():
         chains = [steps_of(entry) for entry in split.queries if entry.metadata["class"] == "thoughtful"]
         for steps in chains:
@@ -186,13 +212,12 @@ def test_each_split_holds_out_what_it_says(splits):
         assert {len(steps) for steps in chains} == lengths.get(name, {3, 4}), name
 
 
-def test_held_out_pairs_are_a_share_of_every_operation_and_follow_the_seed():
+def test_held_out_pairs_are_a_share_of_every_operation():
     assert Step("times", 6, 7).key == Step("times", 7, 6).key and Step("minus", 9, 7).key != Step("minus", 7, 9).key
-    held = held_out_pairs(0)
+    held = held_out_pairs()
     for operation in words.OPERATIONS:
         every = {step.key for step in number_task.known_steps(operation)}
         assert 0.1 < len({key for key in held if key[0] == operation}) / len(every) < 0.3, operation
-    assert held != held_out_pairs(1)
 
 
 def test_degraded_images_differ_and_others_are_dark_on_light(splits):

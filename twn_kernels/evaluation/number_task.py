@@ -8,6 +8,7 @@ neighbours'.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -114,9 +115,11 @@ def _positives(documents: Iterable[Entry]) -> dict[int, list[str]]:
     return found
 
 
-def held_out_pairs(seed: int) -> frozenset[tuple[str, int, int]]:
-    """:attr:`Step.key` of the operands that training never shows together."""
-    choose = random.Random(f"number task {seed}: pairs")
+@functools.cache
+def held_out_pairs() -> frozenset[tuple[str, int, int]]:
+    """:attr:`Step.key` of the operands that training never shows together; the same whatever the seed of the data, so
+    that a model can be tested on data of a seed that it was not trained on."""
+    choose = random.Random("number task: pairs")
     found = set()
     for operation in OPERATIONS:
         keys = sorted({step.key for step in known_steps(operation)})
@@ -143,7 +146,7 @@ class _Writer:
 
     def __init__(self, folder: Path, pools: DigitPools, copies: int, seed: int) -> None:
         self.folder, self.pools, self.copies, self.seed = folder, pools, copies, seed
-        self.held = held_out_pairs(seed)
+        self.held = held_out_pairs()
         self.by_operation = {operation: list(known_steps(operation)) for operation in OPERATIONS}
 
     def documents(self, name: str) -> list[Entry]:
@@ -165,7 +168,8 @@ class _Writer:
         return str(path), samples
 
     def queries(self, split: str, plan: SplitPlan, count: int) -> Iterator[Entry]:
-        """Half of them simple; of each half the texts differ while there are enough."""
+        """Half of them simple. Outside of training the texts of each half differ while there are enough; there, the 200
+        simple ones in words repeat, or they would be next to none among thousands."""
         choose = random.Random(f"number task {self.seed}: queries of {split}")
         taken: set[str] = set()
         for index in range(count):
@@ -175,7 +179,7 @@ class _Writer:
                 start = steps[0].before if steps else int(choose.random() * 100)
                 modality = _pick(choose, ("text", "both") if steps else ("text", "image", "both"))
                 text = self._text(start, steps, modality, plan, choose)
-                if modality != "text" or text not in taken:
+                if split == "train" or modality != "text" or text not in taken:
                     break
             taken.add(text)
             yield self._query(f"{split}-{index:05d}", split, plan, kind, start, steps, modality, text, choose)
@@ -257,16 +261,17 @@ right. `metadata` holds:
 | field | meaning |
 |---|---|
 | `class` | `simple` or `thoughtful` |
-| `thought` | the working, which ends in the answer |
+| `thought` | read, work out, say what to find; its last number is the answer |
 | `number` | the answer |
 | `modality` | `text`, `image` or `both` |
 | `operations`, `operands` | names of the steps; value before each and its second operand (0: none) |
 | `samples` | which samples of scikit-learn's `load_digits` the image shows, left to right |
 
 Samples of training are the first two thirds of that data set, samples of testing the last third; in each, documents and
-queries share none. Held out from training: a fifth of the operand pairs of each operation (`ood_pairs`), five of the
-25 ways to follow one operation by another (`ood_compositions`), and a second or third wording of each operation and of
-the number itself (`test`, `ood_images`, and simple queries of every split but training).
+queries share none. Held out from training, whatever the seed: a fifth of the operand pairs of each operation
+(`ood_pairs`), five of the 25 ways to follow one operation by another (`ood_compositions`), and a second or third
+wording of each operation and of the number itself (`test`, `ood_images`, and simple queries of every split but
+training).
 
 Digits: Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; UCI), 8 x 8 pixels, enlarged here.
 """

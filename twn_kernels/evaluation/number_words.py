@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["BINARY", "OPERATIONS", "Step", "applied", "phrases", "spoken", "thought", "worded"]
+__all__ = ["BINARY", "OPERATIONS", "Step", "applied", "phrases", "spoken", "thought", "worded", "worked"]
 
 _ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ONES += ("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
@@ -98,9 +98,28 @@ def spoken(number: int, *, unseen: bool) -> list[str]:
 
 
 def thought(start: int, steps: Sequence[Step], *, by_image: bool) -> str:
-    """The working that leads to the answer, which is its last number.
+    """What is written before the answer is searched for: read, work out, say what to find. The answer is its last
+    number.
 
-    >>> thought(6, [Step("times", 6, 7), Step("half", 42)], by_image=True)
+    A model that always thinks writes about as much where nothing is to be worked out, so that all thoughts have the
+    same parts and are about as long.
+
+    >>> thought(6, [Step("times", 6, 7)], by_image=True)
+    'the image shows 6. 6 times 7 is 42. so find a 4 and a 2: 42.'
+    >>> thought(42, [], by_image=False)
+    'forty-two is 42. nothing is to be worked out, it stays 42. so find a 4 and a 2: 42.'
+    """
+    answer = applied(steps[-1]) if steps else start
+    working = worked(start, steps, by_image=by_image)
+    if not steps:
+        working += f" nothing is to be worked out, it stays {start}."
+    return f"{working} so find {' and '.join(f'a {digit}' for digit in str(answer))}: {answer}."
+
+
+def worked(start: int, steps: Sequence[Step], *, by_image: bool) -> str:
+    """The working alone, as a reply to someone who asks for the number.
+
+    >>> worked(6, [Step("times", 6, 7), Step("half", 42)], by_image=True)
     'the image shows 6. 6 times 7 is 42. half of 42 is 21.'
     """
     parts = [f"the image shows {start}." if by_image else f"{worded(start)} is {start}."]

@@ -78,10 +78,10 @@ def _corpus() -> list[str]:
     texts, seen = ["user assistant system"], (False, True)
     for number in range(100):
         texts += [f"{name}. {name}" for unseen in seen for name in words.spoken(number, unseen=unseen)]
-    for operation in OPERATIONS:
-        steps = [Step(operation, 40, 4 if operation in BINARY else 0), Step("plus", 36, 3)]
+    for first, second in zip(OPERATIONS, OPERATIONS[::-1], strict=True):
+        steps = [Step(name, 40, 4 if name in BINARY else 0) for name in (first, second)]
         for by_image in (False, True):
             texts += [text for unseen in seen for text in words.phrases(steps, by_image=by_image, unseen=unseen)]
-            texts.append(words.thought(40, steps, by_image=by_image))
+            texts += [words.thought(40, chain, by_image=by_image) for chain in ([], steps)]
     texts += [text for unseen in seen for text in words.phrases([], by_image=True, unseen=unseen)]
     return texts + texts

@@ -1,8 +1,8 @@
 """What the small backbone learns before it is frozen: to read digits and number words, and single steps of arithmetic.
 
-A backbone stands for a pretrained model: it can see, calculate and close a thought as Qwen3's models do, and knows
-nothing of embedding, of chains of steps or of when to think. It knows every wording of the number task, as a pretrained
-model knows its language; training the adapters never uses the ones that the task holds out. Operand pairs,
+A backbone stands for a pretrained model: it can see, calculate, and think before it replies as Qwen3's models do, and
+knows nothing of embedding, of chains of steps or of when to think. It knows every wording of the number task, as a
+pretrained model knows its language; training the adapters never uses the ones that the task holds out. Operand pairs,
 compositions and hands that the task holds out are in no lesson.
 """
 
@@ -47,13 +47,12 @@ class Lessons:
     Args:
         count: how many there are.
         seed: of what they hold.
-        task_seed: of the number task whose held-out operands are avoided.
     """
 
-    def __init__(self, count: int, *, seed: int = 0, task_seed: int = 0) -> None:
+    def __init__(self, count: int, *, seed: int = 0) -> None:
         self.count, self.seed = count, seed
         self._pools = load_pools()
-        held = held_out_pairs(task_seed)
+        held = held_out_pairs()
         self._steps = {name: [step for step in known_steps(name) if step.key not in held] for name in OPERATIONS}
         self._kinds = {self._reading: 0.4, self._facts: 0.2, self._step: 0.35, self._word: 0.05}
 
@@ -63,10 +62,7 @@ class Lessons:
     def __getitem__(self, index: int) -> Lesson:
         choose = random.Random(f"lesson {self.seed}: {index}")
         make = choose.choices(list(self._kinds), list(self._kinds.values()))[0]
-        lesson = make(choose)
-        if make != self._facts and choose.random() < _THOUGHT_SHARE:
-            return lesson._replace(reply="".join((THINK_TOKENS[0], lesson.reply, THINK_TOKENS[1])))
-        return lesson
+        return make(choose)
 
     def _picture(self, number: int, choose: random.Random) -> Image.Image:
         pixels, _ = drawn(number, self._pools, choose.choice(_POOLS), choose, varied=True)
@@ -78,12 +74,12 @@ class Lessons:
     def _reading(self, choose: random.Random) -> Lesson:
         number = choose.randrange(100)
         text = choose.choice(["", *_wordings(words.phrases, [], by_image=True)])
-        return Lesson(text, self._picture(number, choose), words.thought(number, [], by_image=True))
+        return Lesson(text, self._picture(number, choose), _reply(number, [], True, choose))
 
     def _word(self, choose: random.Random) -> Lesson:
         number = choose.randrange(100)
         text = choose.choice(_wordings(words.spoken, number))
-        return Lesson(text, None, words.thought(number, [], by_image=False))
+        return Lesson(text, None, _reply(number, [], False, choose))
 
     def _facts(self, choose: random.Random) -> Lesson:
         steps: list[Step] = []
@@ -98,7 +94,14 @@ class Lessons:
         step, by_image = self._any_step(choose), choose.random() < 0.5
         text = choose.choice(_wordings(words.phrases, [step], by_image=by_image))
         image = self._picture(step.before, choose) if by_image else None
-        return Lesson(text, image, words.thought(step.before, [step], by_image=by_image))
+        return Lesson(text, image, _reply(step.before, [step], by_image, choose))
+
+
+def _reply(start: int, steps: list[Step], by_image: bool, choose: random.Random) -> str:
+    """The working, or a thought and nothing after it."""
+    if choose.random() < _THOUGHT_SHARE:
+        return words.thought(start, steps, by_image=by_image).join(THINK_TOKENS)
+    return words.worked(start, steps, by_image=by_image)
 
 
 def _wordings(words_of: Callable[..., list[str]], *of: Any, **how: Any) -> list[str]:
