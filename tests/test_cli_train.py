@@ -70,7 +70,7 @@ def test_json_is_the_run_file(config, tmp_path, capsys):
     assert told == json.loads((out / "run.json").read_text())
     assert told["config"]["joint"]["steps"] == 1 and told["config"]["gate"]["hidden"] == [3, 2]
     assert told["config"]["method"]["graph"] == "reencode" and told["config"]["seed"] == 1
-    assert list(told["stages"]) == ["joint"] and told["command"].startswith("twn-kernels train ")
+    assert list(told["stages"]) == ["joint"] and told["commands"][0]["command"].startswith("twn-kernels train ")
 
 
 def test_the_whole_configuration_can_be_seen_first(capsys):

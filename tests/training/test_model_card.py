@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -39,13 +40,18 @@ def evaluation(tmp_path_factory) -> dict:
 def run() -> dict:
     """What a finished run tells of itself."""
     return {
-        "command": "twn-kernels train numbers --out out/numbers",
+        "commands": [
+            {
+                "command": "twn-kernels train numbers --out out/numbers",
+                "created": "2026-01-02T03:04:05+00:00",
+                "versions": {"python": "3.11", "torch": "2.13.0", "transformers": "5.17.0"},
+                "machine": {"processor": "x86_64", "device": "CPU", "threads": 2},
+                "commit": "0123456789abcdef",
+                "dirty": False,
+            }
+        ],
         "config": json.loads(json.dumps(TrainingConfig(seed=7).as_dict())),
         "stages": {name: {"done": True, "seconds": 600.0, "figures": {}} for name in ("base", "joint", "gate")},
-        "versions": {"python": "3.11", "torch": "2.13.0", "transformers": "5.17.0"},
-        "machine": {"processor": "x86_64", "device": "CPU", "threads": 2},
-        "commit": "0123456789abcdef",
-        "dirty": False,
     }
 
 
@@ -55,20 +61,26 @@ def test_every_number_is_the_runs_or_the_evaluations(run, evaluation):
     assert "| `test` | thoughtful | " in card and "| 0.063 |" in card and "| 0.732 |" in card
     assert "| `test` | +0.417 [+0.305, +0.529] better | -0.010 [-0.030, +0.010] not shown |" in card
     assert "- `ood_pairs`: operand pairs that training never shows" in card
-    assert "In all 30 minutes on a CPU (x86_64) with 2 threads; seed 7; torch 2.13.0, transformers 5.17.0;" in card
-    assert (
-        "commit\n`0123456789ab`. To train" in card and "```bash\ntwn-kernels train numbers --out out/numbers\n" in card
-    )
+    assert "In all 30 minutes, seed 7. This command trained it, and will again" in card
+    assert "```bash\ntwn-kernels train numbers --out out/numbers\n```\n" in card
+    ran = "a CPU (x86_64) with 2 threads; torch 2.13.0, transformers 5.17.0; commit `0123456789ab`"
+    assert f"\n- 2026-01-02T03:04 UTC on {ran}\n" in card
     assert "12,000 training queries, 10 images of each number, seed 7." in card
     assert f"| base | {evaluation['model']['parameters']['base']:,} |" in card
     assert card.count("\n## ") == 5 and card.rstrip().splitlines()[-1].startswith("- So small a model")
 
 
 def test_a_gpu_other_data_and_a_changed_tree_are_said(run, evaluation):
-    run["machine"]["device"], run["dirty"] = "NVIDIA H100", True
+    command = run["commands"][0]
+    other = {"command": "twn-kernels train --resume", "dirty": True, "machine": {"device": "NVIDIA H100", "threads": 4}}
+    run["commands"].append(command | other)
     run["config"]["data"]["folder"] = "my/data"
     card = model_card(run, evaluation)
-    assert "minutes on NVIDIA H100 with" in card and "` with uncommitted changes. To train" in card
+    assert "These commands, one after the other, trained it" in card
+    assert "out/numbers\ntwn-kernels train --resume\n```\n" in card
+    first, second = re.findall(r"^- 2026.*$", card, flags=re.MULTILINE)
+    assert "uncommitted" not in first and second.endswith("commit `0123456789ab` with uncommitted changes")
+    assert "UTC on NVIDIA H100 with 4 threads" in second
     assert "- Adapters, queries and gate: the folder `my/data`, split `train`." in card
 
 

@@ -128,7 +128,9 @@ class GateSettings(StageSettings):
 
     Attributes:
         share: of the training queries kept for it.
-        margin: by how much thinking must improve a query's own score for the label 1.
+        margin: by how much thinking must improve a query's own score, in nats, for the label 1; None: the margin that
+            pays best on the training queries when a thought costs ``price``.
+        price: mean reciprocal rank that a thought must bring; read where ``margin`` is None.
         hidden: widths of the hidden layers.
         temperature: of the scores.
         encode_batch_size: queries that are embedded together.
@@ -139,7 +141,8 @@ class GateSettings(StageSettings):
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     share: float = 0.2
-    margin: float = 0.1
+    margin: float | None = None
+    price: float = 0.02
     hidden: tuple[int, ...] = (64,)
     temperature: float = 0.02
     encode_batch_size: int = 64
@@ -283,16 +286,16 @@ def _value(name: str, value: Any, kind: Any) -> Any:
         if isinstance(value, list | tuple) and all(type(item) is int and item > 0 for item in value):
             return tuple(value)
         raise OptionError(f"{name} must be a list of whole numbers of at least 1, got {value!r}.")
-    if kind is float and type(value) is int:
+    if kind in (float, float | None) and type(value) is int:
         return float(value)
-    allowed = {str | None: (str,)}.get(kind, (kind,))
+    allowed = {str | None: (str,), float | None: (float,)}.get(kind, (kind,))
     if type(value) not in allowed:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
         raise OptionError(f"{name} must be {words[allowed[0]]}, got {value!r}.")
     return value
 
 
-_AT_LEAST_ZERO = ("steps", "warmup_steps", "weight_decay", "margin", "kl_weight", "clip")
+_AT_LEAST_ZERO = ("steps", "warmup_steps", "weight_decay", "margin", "price", "kl_weight", "clip")
 _AT_LEAST_ZERO += ("thought_weight", "plain_weight", "thoughtful_weight", "format_reward", "rank_reward", "gap_reward")
 _ABOVE_ZERO = ("batch_size", "learning_rate", "max_grad_norm", "save_steps", "log_steps", "chunk_size", "rank")
 _ABOVE_ZERO += ("num_queries", "temperature", "encode_batch_size", "group_size", "inner_steps", "train_queries")
@@ -304,6 +307,8 @@ def _check(config: TrainingConfig) -> None:
         raise OptionError(f"seed must be at least 0, got {config.seed}.")
     for section in ("base", "data", "joint", "policy", "gate"):
         for name, value in vars(getattr(config, section)).items():
+            if value is None:
+                continue
             if name in _AT_LEAST_ZERO and not 0 <= value < float("inf"):
                 raise OptionError(f"{section}.{name} must be at least 0, got {value!r}.")
             if name in _ABOVE_ZERO and not 0 < value < float("inf"):
@@ -315,9 +320,23 @@ def _check(config: TrainingConfig) -> None:
         raise OptionError(f"gate.share must be between 0 and 1, got {config.gate.share!r}.")
     if config.joint.steps == 0:
         raise OptionError("joint.steps must be at least 1: without it there is nothing to embed with.")
-    if config.policy.steps and config.policy.group_size < 2:
-        raise OptionError(f"policy.group_size must be at least 2 to compare thoughts, got {config.policy.group_size}.")
-    if config.policy.steps and config.joint.adapters == "one":
+    if config.policy.steps:
+        _check_policy(config.policy, config.joint.adapters)
+
+
+def _check_policy(policy: PolicySettings, adapters: str) -> None:
+    if policy.group_size < 2:
+        raise OptionError(f"policy.group_size must be at least 2 to compare thoughts, got {policy.group_size}.")
+    if policy.batch_size < 2:
+        raise OptionError(f"policy.batch_size must be at least 2 to rank against others, got {policy.batch_size}.")
+    for name in ("steps", "save_steps"):
+        value = getattr(policy, name)
+        if value % policy.inner_steps:
+            raise OptionError(
+                f"policy.{name} must be a multiple of policy.inner_steps ({policy.inner_steps}), so that it ends where "
+                f"a set of samples ends, got {value}. Use {value + -value % policy.inner_steps}."
+            )
+    if adapters == "one":
         raise OptionError('policy.steps must be 0 with joint.adapters = "one": its reward would learn too.')
 
 

@@ -25,7 +25,15 @@ from twn_kernels.errors import DataError, OptionError, TWNWarning
 from twn_kernels.modules import GateMLP
 from twn_kernels.pipeline import TWNEmbedder
 from twn_kernels.training.examples import Examples
-from twn_kernels.training.gate_labels import Collected, collect, gate_labels, write_thoughts
+from twn_kernels.training.gate_labels import (
+    Collected,
+    GateLabels,
+    collect,
+    gate_labels,
+    priced_margin,
+    reciprocal_ranks,
+    write_thoughts,
+)
 from twn_kernels.training.gate_report import GateReport, one_class, report_on
 from twn_kernels.training.stage_trainer import StageTrainer
 from twn_kernels.training.states import newest_state
@@ -82,7 +90,7 @@ def train_gate(
         examples: queries that joint training did not see.
         out: folder for what was collected (``labels.safetensors``), the labels to look at (``labels.jsonl``), states
             and the log.
-        settings: of the stage: ``margin``, ``hidden``, ``temperature`` and ``encode_batch_size`` beside what
+        settings: of the stage: ``margin``, ``price``, ``hidden``, ``temperature`` and ``encode_batch_size`` beside what
             :func:`~twn_kernels.training.stage_trainer.stage_arguments` reads.
         seed: of the first weights, of the order and of the queries held out.
         resume: go on from the newest state in ``out``. States of other labels or settings are removed and the gate is
@@ -113,9 +121,8 @@ def train_gate(
             "Resume that run, or train into an empty folder."
         )
     collected = collect(embedder, examples, out, settings.encode_batch_size, seed=seed, say=say)
-    vectors = (collected.plain, collected.thoughtful, collected.documents, collected.positives)
-    labels = gate_labels(*vectors, settings.temperature, settings.margin)
     learned, held = _divided(len(examples), seed)
+    labels, margin = _labelled(collected, settings, learned)
     write_thoughts(out, collected, labels, held)
     _drop_other_states(out, _learns(collected, labels.labels, embedder.config, settings, seed), say)
     features, wanted = _features(collected, embedder.config.gate_input)[learned], labels.labels[learned].float()
@@ -126,11 +133,23 @@ def train_gate(
     rows = _Rows((features - mean) / spread, wanted, settings.steps * settings.batch_size, seed)
     GateTrainer(gate, out, settings, rows, _batch, seed=seed, say=say).run(resume=resume)
     tensors = _of_plain_states(gate, mean, spread)
-    warning = one_class(labels.labels[learned], settings.margin)
+    warning = one_class(labels.labels[learned], margin)
     if warning is not None:
         warnings.warn(warning, TWNWarning, stacklevel=2)
     checkpoint = replace(embedder.checkpoint, gate=tensors, gate_file=None, config=_stating_the_gate(embedder.config))
-    return GateResult(checkpoint, report_on(checkpoint, collected, labels.labels, learned, held, warning))
+    return GateResult(checkpoint, report_on(checkpoint, collected, labels.labels, learned, held, margin, warning))
+
+
+def _labelled(collected: Collected, settings: Any, learned: list[int]) -> tuple[GateLabels, float]:
+    """Labels of all queries, and their margin: the one that is set, or that pays best on the queries learned from."""
+    vectors = (collected.plain, collected.thoughtful, collected.documents, collected.positives)
+    if settings.margin is not None:
+        return gate_labels(*vectors, settings.temperature, settings.margin), settings.margin
+    scored = gate_labels(*vectors, settings.temperature, 0.0)
+    gains = scored.thoughtful_scores - scored.plain_scores
+    ranks = [reciprocal_ranks(of, *vectors[2:])[learned] for of in vectors[:2]]
+    margin = priced_margin(gains[learned], *ranks, settings.price)
+    return scored._replace(labels=gains > margin), margin
 
 
 def _divided(count: int, seed: int) -> tuple[list[int], list[int]]:

@@ -29,7 +29,17 @@ from twn_kernels.patching.record import find_record
 from twn_kernels.pipeline import TWNEmbedder
 from twn_kernels.training.examples import Examples
 
-__all__ = ["LABELS_FILE", "THOUGHTS_FILE", "Collected", "GateLabels", "collect", "gate_labels", "write_thoughts"]
+__all__ = [
+    "LABELS_FILE",
+    "THOUGHTS_FILE",
+    "Collected",
+    "GateLabels",
+    "collect",
+    "gate_labels",
+    "priced_margin",
+    "reciprocal_ranks",
+    "write_thoughts",
+]
 
 LABELS_FILE = "labels.safetensors"
 THOUGHTS_FILE = "labels.jsonl"
@@ -113,6 +123,50 @@ def gate_labels(
         )
     scores = [_scores(vectors, documents, positives, temperature) for vectors in (plain, thoughtful)]
     return GateLabels(scores[1] - scores[0] > margin, *scores)
+
+
+def priced_margin(gains: Tensor, plain_ranks: Tensor, thoughtful_ranks: Tensor, price: float) -> float:
+    """The margin that pays best when a thought costs a price.
+
+    Thinking exactly where the gain is above a margin retrieves with some mean reciprocal rank and writes some number of
+    thoughts. The margin returned has the highest mean reciprocal rank less ``price`` a thought; of equally good ones
+    the largest, which thinks least.
+
+    Args:
+        gains: of the score by thinking, ``[queries]``.
+        plain_ranks, thoughtful_ranks: reciprocal ranks ``[queries]``, of :func:`reciprocal_ranks`.
+        price: the reciprocal rank that a thought must bring on average, at least 0.
+
+    Raises:
+        OptionError: ``price`` is out of range.
+
+    >>> priced_margin(torch.tensor([5.0, 0.5, -1.0]), torch.tensor([0.1, 1, 1]), torch.tensor([1.0, 1, 1]), 0.02)
+    0.5
+    """
+    if not 0 <= price < float("inf"):
+        raise OptionError(f"price must be at least 0, got {price!r}.")
+    ordered, places = gains.double().sort()
+    # What it brings not to think, summed from the query that gains least by thinking.
+    saved = (plain_ranks.double() - thoughtful_ranks.double() + price)[places].cumsum(0)
+    last = torch.ones(len(ordered), dtype=torch.bool)
+    last[:-1] = ordered[1:] != ordered[:-1]  # equal gains fall on one side of any margin
+    allowed = last & (ordered > 0)
+    at_zero = saved[ordered <= 0][-1].item() if (ordered <= 0).any() else 0.0
+    if not allowed.any() or saved[allowed].max() < at_zero:
+        return 0.0
+    best = saved[allowed].max()
+    return ordered[allowed][saved[allowed] == best][-1].item()
+
+
+def reciprocal_ranks(queries: Tensor, documents: Tensor, positives: Tensor) -> Tensor:
+    """fp64 ``[queries]``: one over the rank of the first positive; arguments as in :func:`gate_labels`."""
+    found = [queries.new_empty(0, dtype=torch.float64)]
+    for start in range(0, len(queries), _ROWS):
+        own = positives[start : start + _ROWS]
+        similarities = queries[start : start + _ROWS].double() @ documents.double().T
+        best = similarities.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
+        found.append(1.0 / (1 + (similarities > best).sum(dim=1)).double())
+    return torch.cat(found)
 
 
 def _scores(queries: Tensor, documents: Tensor, positives: Tensor, temperature: float) -> Tensor:

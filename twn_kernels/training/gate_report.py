@@ -27,6 +27,7 @@ class GateReport:
         queries, documents: that labels were made from, the queries held out included.
         held_out: queries of the figures below.
         closed_rate: of all thoughts, how many were closed; the others are labelled 0.
+        margin: of the labels, in nats.
         train_rate: of the queries that were trained on, how many are labelled 1.
         base_rate: of the queries held out.
         threshold: of the configuration.
@@ -44,6 +45,7 @@ class GateReport:
     documents: int
     held_out: int
     closed_rate: float
+    margin: float
     train_rate: float
     base_rate: float
     threshold: float
@@ -75,6 +77,7 @@ def report_on(
     labels: Tensor,
     learned: list[int],
     held: list[int],
+    margin: float,
     warning: str | None,
 ) -> GateReport:
     """Judge a checkpoint's gate.
@@ -84,7 +87,7 @@ def report_on(
         collected: what the labels were made from.
         labels: bool ``[queries]``.
         learned, held: places of the queries that were trained on, and of those held out.
-        warning: for the report.
+        margin, warning: for the report.
     """
     config = checkpoint.config
     gate = GateMLP(
@@ -100,6 +103,7 @@ def report_on(
         documents=len(collected.documents),
         held_out=len(held),
         closed_rate=sum(thought["fallback"] is None for thought in collected.thoughts) / len(labels),
+        margin=margin,
         train_rate=labels[learned].double().mean().item(),
         train_bce=_bce(scores[learned], labels[learned]),
         warning=warning,

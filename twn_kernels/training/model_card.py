@@ -113,31 +113,39 @@ def _data(run: Mapping[str, Any]) -> str:
 
 
 def _training(run: Mapping[str, Any]) -> str:
-    config, machine = run["config"], run["machine"]
+    config, commands = run["config"], run["commands"]
     rows = []
     for name, stage in run["stages"].items():
         settings = config[name]
         size = f"{settings['steps']:,} x {settings['batch_size']}"
         rows.append((f"`{name}`", _STAGES.get(name, ""), size, f"{stage['seconds'] / 60:.1f}"))
     total = sum(stage["seconds"] for stage in run["stages"].values())
-    device = machine["device"] if machine["device"] != "CPU" else f"a CPU ({machine['processor']})"
-    versions = ", ".join(
-        f"{name} {run['versions'][name]}" for name in ("torch", "transformers") if name in run["versions"]
-    )
-    dirty = " with uncommitted changes" if run.get("dirty") else ""
-    remarks = "".join(f"\n- {remark}" for remark in run.get("remarks", ()))
-    again = "To train it again (same seed, same data; bits may differ from machine to machine):"
-    begun = "Begun by the command below; what was done besides:\n" + remarks if remarks else again
+    begun = "\n".join(f"- {_ran_on(command)}" for command in commands)
+    shown = "\n".join(command["command"] for command in commands)
+    what = "This command" if len(commands) == 1 else "These commands, one after the other,"
     return f"""## Training
 
 {_table(("stage", "what learns", "steps x batch", "minutes"), rows)}
 
-In all {total / 60:.0f} minutes on {device} with {machine["threads"]} threads; seed {config["seed"]}; {versions}; commit
-`{run["commit"][:12]}`{dirty}. {begun}
+In all {total / 60:.0f} minutes, seed {config["seed"]}. {what} trained it, and will again (same seed, same data; bits
+may differ from machine to machine):
 
 ```bash
-{run["command"]}
-```"""
+{shown}
+```
+
+{begun}"""
+
+
+def _ran_on(command: Mapping[str, Any]) -> str:
+    machine, versions = command["machine"], command["versions"]
+    device = machine["device"] if machine["device"] != "CPU" else f"a CPU ({machine['processor']})"
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
+    dirty = " with uncommitted changes" if command.get("dirty") else ""
+    return (
+        f"{command['created'][:16]} UTC on {device} with {machine['threads']} threads; {named}; commit "
+        f"`{command['commit'][:12]}`{dirty}"
+    )
 
 
 def _parameters(evaluation: Mapping[str, Any]) -> str:

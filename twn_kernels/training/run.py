@@ -61,7 +61,8 @@ def train(
         config: what to train, and how.
         out: folder of the run: ``base/`` (HuggingFace directory, where the small backbone is taught), ``data/`` (where
             the number task is made), a folder a stage with its log, plot, states and TWN directory, ``twn/`` (the
-            result) and ``run.json`` (configuration, seconds, figures, versions, machine).
+            result) and ``run.json`` (configuration, seconds, figures; of each command that went on with the run its
+            commit, versions and machine).
         resume: go on where a run in ``out`` stopped; stages that are done are kept.
         until: stop after this stage.
         command: written into ``run.json``.
@@ -114,13 +115,11 @@ class _Run:
             if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
                 raise OptionError(f'"{self.out}" exists and holds no run. Name an empty or a new folder.')
             self.out.mkdir(parents=True, exist_ok=True)
-            self.told = {"command": self.command, "config": asked, "stages": {}} | provenance.stamp()
-            self.told["machine"] = {
-                "processor": platform.machine(),
-                "device": _device_name(self.config),
-                "threads": torch.get_num_threads(),
-            }
-            self._write()
+            self.told = {"commands": [], "config": asked, "stages": {}}
+        machine = {"processor": platform.machine(), "device": _device_name(self.config)}
+        machine["threads"] = torch.get_num_threads()
+        self.told["commands"].append({"command": self.command, **provenance.stamp(), "machine": machine})
+        self._write()
 
     def _write(self) -> None:
         staged = self.out / f".{RUN_FILE}.new"
@@ -242,7 +241,7 @@ class _Run:
         directory.mkdir(exist_ok=True)
         model = new_number_base(directory, seed=seed)
         model.save_pretrained(directory)
-        lessons = Lessons(settings.steps * settings.batch_size, seed=seed, task_seed=seed)
+        lessons = Lessons(settings.steps * settings.batch_size, seed=seed)
         trainer = LessonTrainer(
             *(model, self.folder("base"), settings, lessons, LessonCollator(self.processor)), seed=seed, say=self.say
         )
