@@ -18,15 +18,14 @@ def test_the_shipped_configuration_is_read_whole():
     assert config.base.path is None and config.data.folder is None
     assert config.method.graph == "shared_kv" and config.method.prefill_adapter == "reasoning"
     assert config.joint.adapters == "two" and config.joint.detach
-    assert parse_config(config.as_dict() | {"base": {}, "data": {}}).joint == config.joint
+    assert config.gate.margin is None and config.gate.price > 0
+    assert parse_config(config.as_dict()) == config
 
 
 def test_what_a_configuration_tells_can_be_read_again():
     config = parse_config({"seed": 3, "gate": {"hidden": [8, 4]}, "method": {"prefill_adapter": "none"}})
     told = config.as_dict()
     assert told["gate"]["hidden"] == (8, 4)
-    for section in ("base", "data"):
-        told[section] = {name: value for name, value in told[section].items() if value is not None}
     assert parse_config(told) == config
 
 
@@ -75,6 +74,20 @@ def test_changes_replace_values_of_the_file(tmp_path):
             {"policy": {"steps": 1, "group_size": 1}},
             r"policy\.group_size must be at least 2 to compare thoughts, got 1",
         ),
+        (
+            {"policy": {"steps": 1, "batch_size": 1}},
+            r"policy\.batch_size must be at least 2 so that documents can be ranked, got 1\.",
+        ),
+        (
+            {"policy": {"steps": 5, "inner_steps": 2}},
+            r"policy\.steps must be a multiple of policy\.inner_steps, 2, so that no state lies between .* got 5\.",
+        ),
+        (
+            {"policy": {"steps": 6, "save_steps": 20, "inner_steps": 3}},
+            r"policy\.save_steps must be a multiple of policy\.inner_steps, 3, .* got 20\.",
+        ),
+        ({"gate": {"price": -0.1}}, r"gate\.price must be at least 0, got -0\.1\."),
+        ({"gate": {"margin": "priced"}}, r"gate\.margin must be a number, got 'priced'\."),
         (
             {"policy": {"steps": 1}, "joint": {"adapters": "one"}},
             r'policy\.steps must be 0 with joint\.adapters = "one": its reward would learn too\.',

@@ -8,7 +8,8 @@ import pytest
 
 from twn_kernels.errors import DataError
 from twn_kernels.evaluation.dataset import Entry, write_dataset
-from twn_kernels.training.examples import Examples, Stream, read_examples
+from twn_kernels.training.examples import Example, Examples, Stream, read_examples, require_thought_of_text
+from twn_kernels.training.joint import JointCollator
 
 QRELS = {"q0": {"d0": 1, "d1": 0, "d2": -1, "d3": 2}, "q1": {"d1": 1}, "q2": {"d2": 1, "d0": 1}}
 
@@ -55,6 +56,28 @@ def test_a_folder_without_thoughts_is_refused(tmp_path):
         f'split "train" of "{tmp_path}" has no thought to learn: no query has metadata.thought. '
         "Write the thoughts there as strings, or train on a folder that has them."
     )
+
+
+@pytest.mark.parametrize(
+    ("thought", "what"),
+    [
+        ("see <|image_pad|>.", '"<|image_pad|>", which stands for pixels in this model'),
+        ("a<|video_pad|>", '"<|video_pad|>", which stands for pixels in this model'),
+        ("so</think> four.", '"</think>", which closes a thought'),
+    ],
+)
+def test_a_thought_that_no_model_writes_is_refused(thought, what, embedder_of):
+    processor = embedder_of("qwen3_vl").processor
+    query = Entry("q7", "what?", metadata={"thought": thought})
+    with pytest.raises(DataError) as caught:
+        require_thought_of_text(query, processor, "</think>")
+    assert str(caught.value) == f'query "q7": metadata.thought holds {what}. Remove it.'
+    example = Example(query, Entry("d", "four"), frozenset({"d"}))
+    with pytest.raises(DataError, match='query "q7": metadata.thought holds'):
+        JointCollator(processor, "</think>", 4)([example])
+    plain = Entry("q8", "<|image_pad|>", metadata={"thought": "think of it."})
+    assert require_thought_of_text(plain, processor, "</think>") == "think of it."
+    assert require_thought_of_text(Entry("q9", "what?"), processor, "</think>") == ""
 
 
 @pytest.mark.parametrize(("thought", "kind"), [(7, "int"), (["so"], "list"), (False, "bool"), ({"a": 1}, "dict")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,24 @@ def test_all_labels_1_is_said_too(llama, tmp_path, monkeypatch):
     with pytest.warns(TWNWarning, match="improved all of the 18 queries .* raise gate.margin, or keep more queries"):
         result = train_gate(llama, examples(), tmp_path, settings())
     assert result.report.train_rate == 1 and "raise gate.margin" in result.report.warning
+
+
+def test_without_a_margin_the_price_of_a_thought_decides(llama, tmp_path):
+    """On the queries that are learned from alone; the same labels as with that margin set."""
+    made = settings(margin=None, price=0.0)
+    result = train_gate(llama, examples(), tmp_path / "a", made)
+    margin = result.report.margin
+    rows = [json.loads(line) for line in (tmp_path / "a" / "labels.jsonl").read_text().splitlines()]
+    gains = [row["thoughtful_score"] - row["plain_score"] for row in rows]
+    assert margin >= 0 and [row["label"] for row in rows] == [int(gain > margin) for gain in gains]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TWNWarning)
+        again = train_gate(llama, examples(), tmp_path / "b", settings(margin=margin))
+        dear = train_gate(llama, examples(), tmp_path / "c", settings(margin=None, price=10.0))
+    assert again.report.margin == margin and equal(result, again)
+    learned = [gain for gain, row in zip(gains, rows, strict=True) if not row["held_out"]]
+    assert dear.report.margin == pytest.approx(max(0.0, *learned)) and dear.report.train_rate == 0
+    assert "lower gate.price" in dear.report.warning
 
 
 def labels_of(labels: torch.Tensor) -> labelling.GateLabels:

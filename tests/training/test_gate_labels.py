@@ -17,7 +17,7 @@ from twn_kernels.ops import pool_queries
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 from twn_kernels.training import gate_labels as labelling
 from twn_kernels.training.gate import train_gate
-from twn_kernels.training.gate_labels import collect, gate_labels
+from twn_kernels.training.gate_labels import collect, gate_labels, priced_margin, reciprocal_ranks
 
 
 @pytest.fixture
@@ -69,6 +69,52 @@ def test_the_margin_must_be_passed():
     assert not gate_labels(plain, thoughtful, documents, positives, 1.0, gain).labels.item()
     assert gate_labels(plain, thoughtful, documents, positives, 1.0, gain - 1e-9).labels.item()
     assert not gate_labels(plain, plain, documents, positives, 1.0, 0.0).labels.item()
+
+
+def paid(margin: float, gains, plain, thoughtful, price: float) -> tuple[float, int]:
+    """Summed reciprocal rank less the price of the thoughts, and how many there are, one query at a time."""
+    total, thoughts = 0.0, 0
+    for gain, without, with_it in zip(gains, plain, thoughtful, strict=True):
+        thinks = gain > margin
+        total, thoughts = total + (with_it - price if thinks else without), thoughts + thinks
+    return total, thoughts
+
+
+@pytest.mark.parametrize("price", [0.0, 0.02, 0.3, 5.0])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_margin_pays_best_of_all(seed, price):
+    draw = torch.Generator().manual_seed(seed)
+    gains = (torch.randn(60, generator=draw) * 3).round()  # with ties, and some of them below zero
+    plain, thoughtful = (1 / torch.randint(1, 5, (2, 60), generator=draw)).double()
+    values = [value.tolist() for value in (gains, plain, thoughtful)]
+    found = priced_margin(gains, plain, thoughtful, price)
+    got, thoughts = paid(found, *values, price)
+    for margin in {0.0, *(gain for gain in values[0] if gain > 0)}:
+        other, more = paid(margin, *values, price)
+        assert got > other - 1e-9
+        if other == pytest.approx(got, abs=1e-12):
+            assert thoughts <= more
+
+
+def test_the_margin_of_queries_that_thinking_never_helps_leaves_none_to_think():
+    ranks = torch.ones(3)
+    assert priced_margin(torch.tensor([2.0, 0.5, -1.0]), ranks, ranks, 0.02) == 2.0
+    assert priced_margin(torch.tensor([-2.0, 0.0, -1.0]), ranks, ranks, 0.02) == 0.0
+    worth = priced_margin(torch.tensor([2.0, 0.5, 1.0]), 0.1 * ranks, ranks, 0.02)
+    assert worth == 0.0  # each of them pays
+    with pytest.raises(OptionError, match=r"^price must be at least 0, got -1\.$|^price must be at least 0, got -1\.0"):
+        priced_margin(ranks, ranks, ranks, -1.0)
+
+
+def test_reciprocal_ranks_are_those_of_a_slow_recomputation(monkeypatch):
+    monkeypatch.setattr(labelling, "_ROWS", 3)
+    queries, documents, positives = unit(10, 4), unit(7, 4), torch.rand(10, 7) < 0.4
+    positives[torch.arange(10), torch.randint(7, (10,))] = True
+    found = reciprocal_ranks(queries, documents, positives)
+    for row in range(10):
+        order = (queries[row].double() @ documents.double().T).argsort(descending=True).tolist()
+        first = next(rank for rank, place in enumerate(order, start=1) if positives[row, place])
+        assert found[row].item() == 1 / first
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,14 @@ def test_the_models_attention_is_put_back_also_after_an_error():
     assert own._attn_implementation == "sdpa"
 
 
+def test_another_attention_is_refused_before_anything_is_trained(embedder_of, trainee_of):
+    """Whatever the graph: masks of training are dense, which other attentions may not read."""
+    embedder = embedder_of("llama", graph="reencode")
+    embedder.model.config.get_text_config()._attn_implementation = "eager"
+    with pytest.raises(OptionError, match='^training needs attn_implementation="sdpa", got "eager". Load the model'):
+        trainee_of(embedder)
+
+
 def test_another_attention_is_refused():
     own = SimpleNamespace(_attn_implementation="eager")
     message = 'training needs attn_implementation="sdpa", got "eager". Load the model with attn_implementation="sdpa".'

@@ -80,11 +80,10 @@ class Processor:
 
     def _check(self, part: Part, index: int) -> None:
         if part.kind == "text":
-            for token in self._placeholders():
-                if token in part.value:
-                    raise InputError(
-                        f'input {index}: the text holds "{token}", which stands for pixels in this model. Remove it.'
-                    )
+            if token := self.placeholder_in(part.value):
+                raise InputError(
+                    f'input {index}: the text holds "{token}", which stands for pixels in this model. Remove it.'
+                )
         elif part.kind == "image" and not self.takes_images:
             raise InputError(f"input {index}: the model takes text only, got an image.{self._missing}")
         elif part.kind == "image":
@@ -107,10 +106,11 @@ class Processor:
         except ValueError as error:
             raise InputError(f"input {index}: the model's processor refuses it: {error}") from error
 
-    def _placeholders(self) -> list[str]:
-        return [self._token("image")] * self.takes_images + [self._token("video")] * (
-            self.takes_videos or self._composed()
-        )
+    def placeholder_in(self, text: str) -> str | None:
+        """The first token in a text that stands for an image's or a video's pixels; None where there is none."""
+        known = [self._token("image")] * self.takes_images
+        known += [self._token("video")] * (self.takes_videos or self._composed())
+        return next((token for token in known if token in text), None)
 
     def _composed(self) -> bool:
         return self._whole is None and self._images is not None

@@ -23,6 +23,7 @@ __all__ = [
     "JointSettings",
     "PolicySettings",
     "TrainingConfig",
+    "check_policy",
     "load_config",
 ]
 
@@ -198,7 +199,7 @@ class TrainingConfig:
     method: TWNConfig = field(default_factory=TWNConfig)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as the file could state them."""
+        """Plain values, as :func:`parse_config` reads them."""
         told = asdict(replace(self, method=TWNConfig()))
         told["method"] = {name: getattr(self.method, name) for name in _METHOD_FIELDS}
         return told
@@ -288,6 +289,8 @@ def _value(name: str, value: Any, kind: Any) -> Any:
         raise OptionError(f"{name} must be a list of whole numbers of at least 1, got {value!r}.")
     if kind in (float, float | None) and type(value) is int:
         return float(value)
+    if value is None and kind in (str | None, float | None):  # of a dict: TOML has no null
+        return None
     allowed = {str | None: (str,), float | None: (float,)}.get(kind, (kind,))
     if type(value) not in allowed:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -321,23 +324,34 @@ def _check(config: TrainingConfig) -> None:
     if config.joint.steps == 0:
         raise OptionError("joint.steps must be at least 1: without it there is nothing to embed with.")
     if config.policy.steps:
-        _check_policy(config.policy, config.joint.adapters)
+        check_policy(config.policy)
+        if config.joint.adapters == "one":
+            raise OptionError('policy.steps must be 0 with joint.adapters = "one": its reward would learn too.')
 
 
-def _check_policy(policy: PolicySettings, adapters: str) -> None:
-    if policy.group_size < 2:
-        raise OptionError(f"policy.group_size must be at least 2 to compare thoughts, got {policy.group_size}.")
-    if policy.batch_size < 2:
-        raise OptionError(f"policy.batch_size must be at least 2 to rank against others, got {policy.batch_size}.")
+def check_policy(policy: Any) -> None:
+    """Refuse settings of policy optimisation that leave nothing to compare, or a state between two updates on the same
+    thoughts.
+
+    Args:
+        policy: :class:`PolicySettings`, or anything with its fields; ``inner_steps`` may be missing.
+
+    Raises:
+        OptionError: a setting is out of range.
+    """
+    why = {"group_size": "to compare thoughts", "batch_size": "so that documents can be ranked"}
+    for name, reason in why.items():
+        if getattr(policy, name) < 2:
+            raise OptionError(f"policy.{name} must be at least 2 {reason}, got {getattr(policy, name)}.")
+    if not policy.temperature > 0:
+        raise OptionError(f"policy.temperature must be above 0 to sample thoughts, got {policy.temperature}.")
+    inner = getattr(policy, "inner_steps", 1)
     for name in ("steps", "save_steps"):
-        value = getattr(policy, name)
-        if value % policy.inner_steps:
+        if getattr(policy, name) % inner:
             raise OptionError(
-                f"policy.{name} must be a multiple of policy.inner_steps ({policy.inner_steps}), so that it ends where "
-                f"a set of samples ends, got {value}. Use {value + -value % policy.inner_steps}."
+                f"policy.{name} must be a multiple of policy.inner_steps, {inner}, so that no state lies between "
+                f"updates on the same thoughts; got {getattr(policy, name)}."
             )
-    if adapters == "one":
-        raise OptionError('policy.steps must be 0 with joint.adapters = "one": its reward would learn too.')
 
 
 def _check_names(name: str, value: str, names: tuple[str, ...]) -> None:

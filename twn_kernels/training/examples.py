@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from twn_kernels.errors import DataError
 from twn_kernels.evaluation.dataset import Entry, read_split
+from twn_kernels.pipeline.processor import Processor
 
-__all__ = ["Example", "Examples", "Stream", "read_examples"]
+__all__ = ["Example", "Examples", "Stream", "read_examples", "require_thought_of_text"]
 
 
 class Example(NamedTuple):
@@ -97,6 +98,28 @@ class Stream:
             random.Random(f"stream {self.seed}: {turn}").shuffle(order)
             self._order = (turn, order)
         return self.examples.example(self._order[1][place], random.Random(f"example {self.seed}: {index}"))
+
+
+def require_thought_of_text(query: Entry, processor: Processor, ending: str) -> str:
+    """The thought of a query, which a model can write: text that neither stands for pixels nor closes a thought.
+
+    Args:
+        query: with or without a thought.
+        processor: the model's.
+        ending: text that closes a thought.
+
+    Raises:
+        DataError: the thought holds a placeholder of an image or a video, or the text that closes it.
+    """
+    thought = query.metadata.get("thought") or ""
+    placeholder = processor.placeholder_in(thought)
+    if placeholder is not None:
+        what = f'"{placeholder}", which stands for pixels in this model'
+    elif ending and ending in thought:
+        what = f'"{ending}", which closes a thought'
+    else:
+        return thought
+    raise DataError(f'query "{query.id}": metadata.thought holds {what}. Remove it.')
 
 
 def read_examples(folder: str | Path, split: str = "train") -> Examples:

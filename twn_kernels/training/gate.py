@@ -133,7 +133,8 @@ def train_gate(
     rows = _Rows((features - mean) / spread, wanted, settings.steps * settings.batch_size, seed)
     GateTrainer(gate, out, settings, rows, _batch, seed=seed, say=say).run(resume=resume)
     tensors = _of_plain_states(gate, mean, spread)
-    warning = one_class(labels.labels[learned], margin)
+    setting = "gate.price" if settings.margin is None else "gate.margin"
+    warning = one_class(labels.labels[learned], margin, setting)
     if warning is not None:
         warnings.warn(warning, TWNWarning, stacklevel=2)
     checkpoint = replace(embedder.checkpoint, gate=tensors, gate_file=None, config=_stating_the_gate(embedder.config))

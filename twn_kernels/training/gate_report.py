@@ -59,12 +59,12 @@ class GateReport:
     warning: str | None
 
 
-def one_class(labels: Tensor, margin: float) -> str | None:
-    """What is wrong with labels that are all the same; None where they are not."""
+def one_class(labels: Tensor, margin: float, setting: str) -> str | None:
+    """What is wrong with labels that are all the same, and which setting to change; None where they are not."""
     count, ones = len(labels), int(labels.sum())
     if 0 < ones < count:
         return None
-    found, fix = ("none", "lower gate.margin") if ones == 0 else ("all", "raise gate.margin")
+    found, fix = ("none", f"lower {setting}") if ones == 0 else ("all", f"raise {setting}")
     return (
         f"thinking improved {found} of the {count} queries that the gate learned from by more than {margin}, so it "
         f"cannot tell queries apart. Look at the thoughts in {THOUGHTS_FILE}; {fix}, or keep more queries for the gate."

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twn_kernels.errors import OptionError
 
-__all__ = ["Part", "detached_attention"]
+__all__ = ["Part", "detached_attention", "require_sdpa"]
 
 _NAME = "twn_detached_sdpa"
 
@@ -33,22 +33,34 @@ class Part(NamedTuple):
     adapter: str | None
 
 
-@contextlib.contextmanager
-def detached_attention(config: Any, parts: Sequence[Part]) -> Iterator[None]:
-    """Run the attention of a model's decoder with no gradient between parts of different adapters.
+def require_sdpa(config: Any) -> None:
+    """Refuse an attention that may not read the masks of training, which are dense and not causal.
 
     Args:
-        config: of the text model; its attention must be ``"sdpa"``.
-        parts: cover the sequence in order. With one adapter in all of them nothing is cut.
+        config: of the text model.
 
     Raises:
-        OptionError: the model was loaded with another attention.
+        OptionError: its attention is not ``"sdpa"``.
     """
     if config._attn_implementation != "sdpa":
         raise OptionError(
             f'training needs attn_implementation="sdpa", got "{config._attn_implementation}". '
             'Load the model with attn_implementation="sdpa".'
         )
+
+
+@contextlib.contextmanager
+def detached_attention(config: Any, parts: Sequence[Part]) -> Iterator[None]:
+    """Run the attention of a model's decoder with no gradient between parts of different adapters.
+
+    Args:
+        config: of the text model.
+        parts: cover the sequence in order. With one adapter in all of them nothing is cut.
+
+    Raises:
+        OptionError: as in :func:`require_sdpa`.
+    """
+    require_sdpa(config)
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

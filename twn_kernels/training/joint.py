@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twn_kernels.pipeline.processor import Processor
-from twn_kernels.training.examples import Example
+from twn_kernels.training.examples import Example, require_thought_of_text
 from twn_kernels.training.joint_forward import Trainee
 from twn_kernels.training.losses import info_nce
 from twn_kernels.training.sequences import Rows
@@ -53,7 +53,8 @@ class JointCollator:
 
     def _chunk(self, examples: Sequence[Example]) -> tuple[Rows, Rows]:
         encode = self.processor.token_ids
-        thoughts = [encode(example.thought + self.ending) if example.thought else [] for example in examples]
+        written = [require_thought_of_text(example.query, self.processor, self.ending) for example in examples]
+        thoughts = [encode(thought + self.ending) if thought else [] for thought in written]
         queries = self._encoded([example.query.input for example in examples], self.prompts[0])
         documents = self._encoded([example.document.input for example in examples], self.prompts[1])
         return Rows(queries, thoughts), Rows(documents)

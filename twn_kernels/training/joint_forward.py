@@ -21,7 +21,7 @@ from twn_kernels.modules import QueryBank
 from twn_kernels.ops import pool_queries
 from twn_kernels.pipeline.backbone import Backbone
 from twn_kernels.settings import EMBEDDING, REASONING, ROUTE_BITS
-from twn_kernels.training.interface import Part, detached_attention
+from twn_kernels.training.interface import Part, detached_attention, require_sdpa
 from twn_kernels.training.sequences import Rows, Sequences, lay_out
 
 __all__ = ["Roles", "Trainee", "Trained"]
@@ -71,6 +71,9 @@ class Trainee(nn.Module):
         method: the graph, the prompt's adapter and the pooling are read.
         opening: token ids that open a thought.
         roles: who does what.
+
+    Raises:
+        OptionError: the model was loaded with an attention other than ``"sdpa"``.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Trainee(nn.Module):
         self.model, self.method, self.opening, self.roles = model, method, list(opening), roles
         self.bank = QueryBank(queries)
         self.backbone = Backbone(model)
+        require_sdpa(self.backbone.config)
         self.learn((roles.thought, roles.queries), queries=True)
 
     def learn(self, adapters: Sequence[str], *, queries: bool) -> None:

@@ -24,6 +24,7 @@ from twn_kernels.errors import DataError, OptionError, ShapeError
 from twn_kernels.pipeline.processor import Processor
 from twn_kernels.pipeline.sampling import chooser
 from twn_kernels.settings import EMBEDDING, REASONING
+from twn_kernels.training.config import check_policy
 from twn_kernels.training.examples import Example, Examples, Stream
 from twn_kernels.training.joint_forward import Trainee
 from twn_kernels.training.policy_rewards import (
@@ -315,24 +316,13 @@ def train_policy(
 
 
 def _check(trainee: Trainee, settings: Any) -> None:
-    roles, inner = trainee.roles, getattr(settings, "inner_steps", 1)
+    roles = trainee.roles
     if (roles.thought, roles.queries) != (REASONING, EMBEDDING):
         raise OptionError(
             f'policy optimisation needs "{REASONING}" to think and "{EMBEDDING}" to embed, frozen as its reward; got '
             f'"{roles.thought}" and "{roles.queries}". Train two adapters.'
         )
-    why = {"group_size": "to compare thoughts", "batch_size": "so that documents can be ranked"}
-    for name, reason in why.items():
-        if getattr(settings, name) < 2:
-            raise OptionError(f"policy.{name} must be at least 2 {reason}, got {getattr(settings, name)}.")
-    if not settings.temperature > 0:
-        raise OptionError(f"policy.temperature must be above 0 to sample thoughts, got {settings.temperature}.")
-    for name in ("steps", "save_steps"):
-        if getattr(settings, name) % inner:
-            raise OptionError(
-                f"policy.{name} must be a multiple of policy.inner_steps, {inner}, so that no state lies between "
-                f"updates on the same thoughts; got {getattr(settings, name)}."
-            )
+    check_policy(settings)
 
 
 def _divided(examples: Examples, seed: int) -> tuple[Examples, list[Example]]:

@@ -28,7 +28,7 @@ from twn_kernels.pipeline import TWNEmbedder, loading
 from twn_kernels.pipeline.processor import Processor, load_processor
 from twn_kernels.settings import EMBEDDING, REASONING
 from twn_kernels.training.config import TrainingConfig
-from twn_kernels.training.examples import Examples, Stream, read_examples
+from twn_kernels.training.examples import Examples, Stream, read_examples, require_thought_of_text
 from twn_kernels.training.gate import train_gate
 from twn_kernels.training.joint import JointCollator, JointTrainer
 from twn_kernels.training.joint_forward import Roles, Trainee
@@ -172,6 +172,12 @@ class _Run:
             self._processor = load_processor(self.base)
         return self._processor
 
+    @property
+    def closing(self) -> str:
+        """Text that closes a thought."""
+        end = self.config.method.think_end[0]
+        return end if isinstance(end, str) else self.processor.raw_text_of([end])
+
     def examples(self) -> tuple[Examples, Examples]:
         """The queries of joint training and those of the gate."""
         if self._examples is None:
@@ -182,6 +188,8 @@ class _Run:
                 self.say("data: making the number task")
                 make_number_task(folder, queries=1, train_queries=data.train_queries, copies=data.copies, seed=seed)
             whole = read_examples(folder, data.split)
+            for query in whole.queries:  # before hours of training, not where a batch first holds it
+                require_thought_of_text(query, self.processor, self.closing)
             first, second = whole.divided(self.config.gate.share, seed)
             if not (len(first) and len(second)):
                 raise OptionError(
@@ -250,10 +258,9 @@ class _Run:
         return _last_log(self.folder("base"))
 
     def _joint(self) -> dict[str, Any]:
-        config, settings = self.config, self.config.joint
-        end, data = config.method.think_end[0], config.data
-        closing = end if isinstance(end, str) else self.processor.raw_text_of([end])
-        collate = JointCollator(self.processor, closing, settings.chunk_size, data.query_prompt, data.document_prompt)
+        config, settings, data = self.config, self.config.joint, self.config.data
+        prompts = (data.query_prompt, data.document_prompt)
+        collate = JointCollator(self.processor, self.closing, settings.chunk_size, *prompts)
         stream = Stream(self.examples()[0], settings.steps * settings.batch_size, config.seed)
         folder = self.folder("joint")
         JointTrainer(self.trainee(), folder, settings, stream, collate, seed=config.seed, say=self.say).run(resume=True)

@@ -124,8 +124,11 @@ class StageTrainer(Trainer):
                 f'"{self.out}" holds states of a run, the newest is {state.name}. '
                 "Resume that run, or train into an empty folder."
             )
-        _keep_rows(self.out / LOG_FILE, 0 if state is None else int(state.name.rpartition("-")[2]))
-        self.train(resume_from_checkpoint=None if state is None else str(state))
+        step = 0 if state is None else int(state.name.rpartition("-")[2])
+        _keep_rows(self.out / LOG_FILE, step)
+        if state is not None and step == 0:  # kept before the first step: nothing is there but what it began with
+            load_learned(self.model, state)
+        self.train(resume_from_checkpoint=str(state) if step else None)
         return self.model
 
     def step(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
