@@ -84,6 +84,23 @@ def test_a_gpu_other_data_and_a_changed_tree_are_said(run, evaluation):
     assert "- Adapters, queries and gate: the folder `my/data`, split `train`." in card
 
 
+def test_models_that_were_trained_otherwise_stand_beside_it(run, evaluation):
+    other = copy.deepcopy(evaluation)
+    modes = other["splits"]["test"]["modes"]
+    modes["always"] |= {"ndcg_at_10": 0.5005, "query_tokens": 100}
+    modes["auto"] |= {"ndcg_at_10": 0.4004, "think_rate": 0.25, "query_tokens": 31}
+    never = modes["never"]["ndcg_at_10"]
+    card = model_card(run, evaluation, {"one adapter": other})
+    assert "## Trained otherwise" in card and "## Trained otherwise" not in model_card(run, evaluation)
+    assert f"| `test` | one adapter | {never:.3f} | 0.500 | 0.400 | 25% | 31% |" in card
+    assert "| `test` | this model | " in card and "| `ood_pairs` | one adapter | " in card
+    other["data"]["splits"]["test"]["digest"] = "0" * 64
+    with pytest.raises(ResultError, match='^the baseline "one adapter" was evaluated on other data than the model. '):
+        model_card(run, evaluation, {"one adapter": other})
+    with pytest.raises(ResultError, match='the baseline "one adapter".commit is missing'):
+        model_card(run, evaluation, {"one adapter": {k: v for k, v in evaluation.items() if k != "commit"}})
+
+
 def test_an_unfinished_run_gets_no_card(run, evaluation):
     run["stages"]["gate"]["done"] = False
     with pytest.raises(TrainingError, match='stage "gate" is not done. Go on with twn-kernels train --resume.$'):

@@ -38,20 +38,32 @@ _LIMITS = """\
 - So small a model says nothing about the speed of the kernels."""
 
 
-def model_card(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+def model_card(
+    run: Mapping[str, Any], evaluation: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
     """Markdown that describes a trained number model.
 
     Args:
         run: ``run.json`` of :func:`twn_kernels.training.run.train`.
         evaluation: result document of :func:`twn_kernels.evaluation.evaluate` on the number task, with all three modes.
+        baselines: such documents of models trained otherwise, by what they are, to stand beside it.
 
     Raises:
         TrainingError: a stage of the run is not done.
-        ResultError: the evaluation is malformed, lacks a mode, or does not count the model's parameters.
+        ResultError: an evaluation is malformed or lacks a mode, does not count the model's parameters, or a baseline's
+            is of other data.
     """
     parse(evaluation, "the evaluation")
     _require_whole(run, evaluation)
+    for name, other in (baselines or {}).items():
+        parse(other, f'the baseline "{name}"')
+        _require_modes(other)
+        if other["data"]["splits"] != evaluation["data"]["splits"]:
+            raise ResultError(
+                f'the baseline "{name}" was evaluated on other data than the model. Evaluate it on the same.'
+            )
     parts = [_heading(evaluation), _data(run), _training(run), _parameters(evaluation), _results(evaluation)]
+    parts += [_beside(evaluation, baselines)] if baselines else []
     return "\n\n".join([*parts, f"## What it cannot do\n\n{_LIMITS}"]) + "\n"
 
 
@@ -60,12 +72,16 @@ def _require_whole(run: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Non
     if undone or not run["stages"]:
         what = f'stage "{undone[0]}" is not done' if undone else "it has no stages"
         raise TrainingError(f"a card is of a finished run, and {what}. Go on with twn-kernels train --resume.")
+    _require_modes(evaluation)
+    if evaluation["model"]["parameters"] is None:
+        raise ResultError("the card tells how many parameters there are, and the evaluation does not count them.")
+
+
+def _require_modes(evaluation: Mapping[str, Any]) -> None:
     for name, split in evaluation["splits"].items():
         absent = [mode for mode in _MODES if mode not in split["modes"]]
         if absent:
             raise ResultError(f'the card tells of never, always and auto, and split "{name}" lacks "{absent[0]}".')
-    if evaluation["model"]["parameters"] is None:
-        raise ResultError("the card tells how many parameters there are, and the evaluation does not count them.")
 
 
 def _heading(evaluation: Mapping[str, Any]) -> str:
@@ -105,7 +121,7 @@ def _data(run: Mapping[str, Any]) -> str:
 - Adapters, queries and gate: {source}.
   {gate["share"]:.0%} of the training queries were kept out of joint training for the gate.
 - Written thoughts: by the task's own rules, a working that ends in the answer.
-- Digits: Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; UCI, CC BY 4.0), as scikit-learn ships
+- Digits: Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; UCI data set 80), as scikit-learn ships
   them: the first two thirds of the samples train, the last third tests.
 - Held out: digit samples, wordings, a fifth of the operand pairs, five of the 25 pairs of operations, longer chains,
   degraded images. The lessons of the backbone hold every wording, as a pretrained model knows its language, and
@@ -185,6 +201,21 @@ def _results(evaluation: Mapping[str, Any]) -> str:
         _table(("split", *_DIFFERENCES.values()), list(_difference_rows(splits))),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _beside(evaluation: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]]) -> str:
+    metric, rows = evaluation["metric"], []
+    for name in evaluation["splits"]:
+        for who, other in {"this model": evaluation, **baselines}.items():
+            modes = other["splits"][name]["modes"]
+            share = modes["auto"]["query_tokens"] / max(1, modes["always"]["query_tokens"])
+            quality = (f"{modes[mode][metric]:.3f}" for mode in _MODES)
+            rows.append((f"`{name}`", who, *quality, f"{modes['auto']['think_rate']:.0%}", f"{share:.0%}"))
+    return f"""## Trained otherwise
+
+The same backbone, data, seed and steps, another joint training; {metric}. *thinks* and *of always' tokens* are auto's.
+
+{_table(("split", "model", *_MODES, "thinks", "of always' tokens"), rows)}"""
 
 
 def _difference_rows(splits: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
