@@ -105,6 +105,8 @@ class JointSettings(StageSettings):
         num_queries: learned vectors of one embedding.
         temperature: of the contrastive loss.
         thought_weight, plain_weight, thoughtful_weight: of the three losses.
+        plain_truncation: how far the plain loss gives up on queries that it cannot find, 0 (InfoNCE) to 1; see
+            :func:`~twn_kernels.training.losses.info_nce`. Such queries are for a thought to find.
         adapters: ``"two"``, or ``"one"`` that does both jobs (a baseline).
         detach: cut the gradient at the adapters' interface; False is a baseline.
     """
@@ -119,6 +121,7 @@ class JointSettings(StageSettings):
     thought_weight: float = 1.0
     plain_weight: float = 1.0
     thoughtful_weight: float = 1.0
+    plain_truncation: float = 0.0
     adapters: str = "two"
     detach: bool = True
 
@@ -131,7 +134,7 @@ class GateSettings(StageSettings):
         share: of the training queries kept for it.
         margin: by how much thinking must improve a query's own score, in nats, for the label 1; None: the margin that
             pays best on the training queries when a thought costs ``price``.
-        price: mean reciprocal rank that a thought must bring; read where ``margin`` is None.
+        price: nDCG@10 that a thought must bring on average; read where ``margin`` is None.
         hidden: widths of the hidden layers.
         temperature: of the scores.
         encode_batch_size: queries that are embedded together.
@@ -143,7 +146,7 @@ class GateSettings(StageSettings):
     weight_decay: float = 0.01
     share: float = 0.2
     margin: float | None = None
-    price: float = 0.02
+    price: float = 0.01
     hidden: tuple[int, ...] = (64,)
     temperature: float = 0.02
     encode_batch_size: int = 64
@@ -321,6 +324,8 @@ def _check(config: TrainingConfig) -> None:
         _check_names(f"base.{name}", getattr(config.base, name), ("float32", "bfloat16", "float16"))
     if not 0 < config.gate.share < 1:
         raise OptionError(f"gate.share must be between 0 and 1, got {config.gate.share!r}.")
+    if not 0 <= config.joint.plain_truncation <= 1:
+        raise OptionError(f"joint.plain_truncation must be between 0 and 1, got {config.joint.plain_truncation!r}.")
     if config.joint.steps == 0:
         raise OptionError("joint.steps must be at least 1: without it there is nothing to embed with.")
     if config.policy.steps:

@@ -30,8 +30,8 @@ from twn_kernels.training.gate_labels import (
     GateLabels,
     collect,
     gate_labels,
+    ndcg,
     priced_margin,
-    reciprocal_ranks,
     write_thoughts,
 )
 from twn_kernels.training.gate_report import GateReport, one_class, report_on
@@ -148,8 +148,8 @@ def _labelled(collected: Collected, settings: Any, learned: list[int]) -> tuple[
         return gate_labels(*vectors, settings.temperature, settings.margin), settings.margin
     scored = gate_labels(*vectors, settings.temperature, 0.0)
     gains = scored.thoughtful_scores - scored.plain_scores
-    ranks = [reciprocal_ranks(of, *vectors[2:])[learned] for of in vectors[:2]]
-    margin = priced_margin(gains[learned], *ranks, settings.price)
+    qualities = [ndcg(of, *vectors[2:])[learned] for of in vectors[:2]]
+    margin = priced_margin(gains[learned], *qualities, settings.price)
     return scored._replace(labels=gains > margin), margin
 
 

@@ -36,8 +36,8 @@ __all__ = [
     "GateLabels",
     "collect",
     "gate_labels",
+    "ndcg",
     "priced_margin",
-    "reciprocal_ranks",
     "write_thoughts",
 ]
 
@@ -125,17 +125,17 @@ def gate_labels(
     return GateLabels(scores[1] - scores[0] > margin, *scores)
 
 
-def priced_margin(gains: Tensor, plain_ranks: Tensor, thoughtful_ranks: Tensor, price: float) -> float:
+def priced_margin(gains: Tensor, plain: Tensor, thoughtful: Tensor, price: float) -> float:
     """The margin that pays best when a thought costs a price.
 
-    Thinking exactly where the gain is above a margin retrieves with some mean reciprocal rank and writes some number of
-    thoughts. The margin returned has the highest mean reciprocal rank less ``price`` a thought; of equally good ones
-    the largest, which thinks least.
+    Thinking exactly where the gain is above a margin retrieves with some mean quality and writes some number of
+    thoughts. The margin returned has the highest mean quality less ``price`` a thought; of equally good ones the
+    largest, which thinks least.
 
     Args:
         gains: of the score by thinking, ``[queries]``.
-        plain_ranks, thoughtful_ranks: reciprocal ranks ``[queries]``, of :func:`reciprocal_ranks`.
-        price: the reciprocal rank that a thought must bring on average, at least 0.
+        plain, thoughtful: quality of retrieval without and with a thought, ``[queries]``, as :func:`ndcg` gives it.
+        price: the quality that a thought must bring on average, at least 0.
 
     Raises:
         OptionError: ``price`` is out of range.
@@ -147,7 +147,7 @@ def priced_margin(gains: Tensor, plain_ranks: Tensor, thoughtful_ranks: Tensor, 
         raise OptionError(f"price must be at least 0, got {price!r}.")
     ordered, places = gains.double().sort()
     # What it brings not to think, summed from the query that gains least by thinking.
-    saved = (plain_ranks.double() - thoughtful_ranks.double() + price)[places].cumsum(0)
+    saved = (plain.double() - thoughtful.double() + price)[places].cumsum(0)
     last = torch.ones(len(ordered), dtype=torch.bool)
     last[:-1] = ordered[1:] != ordered[:-1]  # equal gains fall on one side of any margin
     allowed = last & (ordered > 0)
@@ -158,14 +158,16 @@ def priced_margin(gains: Tensor, plain_ranks: Tensor, thoughtful_ranks: Tensor, 
     return ordered[allowed][saved[allowed] == best][-1].item()
 
 
-def reciprocal_ranks(queries: Tensor, documents: Tensor, positives: Tensor) -> Tensor:
-    """fp64 ``[queries]``: one over the rank of the first positive; arguments as in :func:`gate_labels`."""
+def ndcg(queries: Tensor, documents: Tensor, positives: Tensor, cutoff: int = 10) -> Tensor:
+    """fp64 ``[queries]``: nDCG at a cutoff, all positives worth the same; other arguments as in :func:`gate_labels`."""
+    places = min(cutoff, len(documents))
+    discounts = 1.0 / torch.arange(2, places + 2, dtype=torch.float64, device=queries.device).log2()
     found = [queries.new_empty(0, dtype=torch.float64)]
     for start in range(0, len(queries), _ROWS):
-        own = positives[start : start + _ROWS]
-        similarities = queries[start : start + _ROWS].double() @ documents.double().T
-        best = similarities.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        found.append(1.0 / (1 + (similarities > best).sum(dim=1)).double())
+        own = positives[start : start + _ROWS].double()
+        nearest = (queries[start : start + _ROWS].double() @ documents.double().T).topk(places, dim=1).indices
+        ideal = discounts.cumsum(0)[own.sum(dim=1).long().clamp(1, places) - 1]
+        found.append((own.gather(1, nearest) * discounts).sum(dim=1) / ideal)
     return torch.cat(found)
 
 

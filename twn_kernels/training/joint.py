@@ -64,8 +64,8 @@ class JointCollator:
 
 
 class JointTrainer(StageTrainer):
-    """``settings`` has, beside a stage's own, ``temperature``, ``thought_weight``, ``plain_weight`` and
-    ``thoughtful_weight``.
+    """``settings`` has, beside a stage's own, ``temperature``, ``thought_weight``, ``plain_weight``,
+    ``thoughtful_weight`` and ``plain_truncation``.
 
     Gradients are clipped for each job by itself: one norm over both would let the contrastive loss, whose gradients are
     far the larger at the start, scale down what the thought learns.
@@ -125,7 +125,7 @@ class JointTrainer(StageTrainer):
         plain, thoughtful, documents = vectors
         temperature = self.settings.temperature
         return {
-            "plain_loss": info_nce(plain, documents, positives, temperature),
+            "plain_loss": info_nce(plain, documents, positives, temperature, self.settings.plain_truncation),
             "thoughtful_loss": info_nce(thoughtful, documents, positives, temperature),
         }
 

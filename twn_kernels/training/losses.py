@@ -9,7 +9,9 @@ from torch import Tensor
 __all__ = ["info_nce", "positive_scores"]
 
 
-def info_nce(queries: Tensor, documents: Tensor, positives: Tensor, temperature: float) -> Tensor:
+def info_nce(
+    queries: Tensor, documents: Tensor, positives: Tensor, temperature: float, truncation: float = 0.0
+) -> Tensor:
     """Contrastive loss of queries against all documents of a batch.
 
     Args:
@@ -17,11 +19,17 @@ def info_nce(queries: Tensor, documents: Tensor, positives: Tensor, temperature:
         documents: unit vectors ``[batch, width]``.
         positives: bool ``[batch, batch]``: which documents are relevant to which query; the diagonal is.
         temperature: of the softmax.
+        truncation: q of the generalised cross entropy, ``(1 - p**q) / q`` of the positive's probability p: 0 is the
+            logarithm, and the nearer to 1, the less a query weighs whose positive is out of reach.
 
     Returns:
-        The mean over the queries, a scalar. Source: van den Oord et al. 2018, with false negatives masked.
+        The mean over the queries, a scalar. Sources: van den Oord et al. 2018, with false negatives masked; Zhang and
+        Sabuncu 2018.
     """
-    return -positive_scores(queries, documents, positives, temperature).mean()
+    scores = positive_scores(queries, documents, positives, temperature)
+    if truncation == 0:
+        return -scores.mean()
+    return -torch.expm1(truncation * scores).mean() / truncation
 
 
 def positive_scores(queries: Tensor, documents: Tensor, positives: Tensor, temperature: float) -> Tensor:

@@ -116,6 +116,8 @@ class _Run:
                 raise OptionError(f'"{self.out}" exists and holds no run. Name an empty or a new folder.')
             self.out.mkdir(parents=True, exist_ok=True)
             self.told = {"commands": [], "config": asked, "stages": {}}
+            if (taught := _taught(self.config.base.path)) is not None:
+                self.told["base"] = taught
         machine = {"processor": platform.machine(), "device": _device_name(self.config)}
         machine["threads"] = torch.get_num_threads()
         self.told["commands"].append({"command": self.command, **provenance.stamp(), "machine": machine})
@@ -291,6 +293,18 @@ class _Run:
         )
         save_checkpoint(result.checkpoint, folder / "twn")
         return asdict(result.report)
+
+
+def _taught(path: str | None) -> dict[str, Any] | None:
+    """What the run that taught a backbone tells of it; None where ``path`` is of no run."""
+    record = None if path is None else Path(path).parent / RUN_FILE
+    if record is None or not record.is_file():
+        return None
+    told = json.loads(record.read_text(encoding="utf-8"))
+    if not told.get("stages", {}).get("base", {}).get("done"):
+        return None
+    config = {name: told["config"][name] for name in ("seed", "base")}
+    return {"commands": told["commands"], "config": config, "stages": {"base": told["stages"]["base"]}}
 
 
 def _last_log(folder: Path) -> dict[str, Any]:
