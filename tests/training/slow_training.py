@@ -71,15 +71,16 @@ class SlowTrainer:
             thought, tokens = thought + vectors[2], tokens + len(written)
             documents.append(self.query(example.document.input, [])[0])
         losses = {
-            "plain_loss": self.contrastive(plain, documents, examples),
-            "thoughtful_loss": self.contrastive(thoughtful, documents, examples),
+            "plain_loss": self.contrastive(plain, documents, examples, self.settings.plain_truncation),
+            "thoughtful_loss": self.contrastive(thoughtful, documents, examples, 0.0),
             "thought_loss": thought / tokens,
         }
         weights = {name: getattr(self.settings, name.replace("_loss", "_weight")) for name in losses}
         return {"loss": sum(weights[name] * loss for name, loss in losses.items())} | losses
 
-    def contrastive(self, queries: list[Tensor], documents: list[Tensor], examples: list) -> Tensor:
-        """Each query's own document against those of other queries that are not relevant to it."""
+    def contrastive(self, queries: list[Tensor], documents: list[Tensor], examples: list, q: float) -> Tensor:
+        """Each query's own document against those of other queries that are not relevant to it; of its probability p
+        the logarithm, or ``(1 - p**q) / q``."""
         total = 0.0
         for place, query in enumerate(queries):
             allowed = [
@@ -88,7 +89,8 @@ class SlowTrainer:
                 if other == place or example.document.id not in examples[place].relevant
             ]
             scores = torch.stack([query @ documents[other] / self.settings.temperature for other in allowed])
-            total = total - scores.log_softmax(0)[allowed.index(place)]
+            probability = scores.softmax(0)[allowed.index(place)]
+            total = total + ((1 - probability**q) / q if q else -probability.log())
         return total / len(queries)
 
     def query(self, value, written: list[int]) -> tuple[Tensor, Tensor, Tensor]:

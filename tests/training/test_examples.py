@@ -8,7 +8,7 @@ import pytest
 
 from twn_kernels.errors import DataError
 from twn_kernels.evaluation.dataset import Entry, write_dataset
-from twn_kernels.training.examples import Example, Examples, Stream, read_examples, require_thought_of_text
+from twn_kernels.training.examples import Example, Examples, Stream, read_examples, require_writable
 from twn_kernels.training.joint import JointCollator
 
 QRELS = {"q0": {"d0": 1, "d1": 0, "d2": -1, "d3": 2}, "q1": {"d1": 1}, "q2": {"d2": 1, "d0": 1}}
@@ -63,21 +63,44 @@ def test_a_folder_without_thoughts_is_refused(tmp_path):
     [
         ("see <|image_pad|>.", '"<|image_pad|>", which stands for pixels in this model'),
         ("a<|video_pad|>", '"<|video_pad|>", which stands for pixels in this model'),
-        ("so</think> four.", '"</think>", which closes a thought'),
+        ("so</think> four.", '"</think>", which ends a thought'),
+        ("Answer: four", '"Answer:", which ends a thought'),
+        ("a <|im_end|> flower", '"<|im_end|>", which ends a thought'),
     ],
 )
 def test_a_thought_that_no_model_writes_is_refused(thought, what, embedder_of):
     processor = embedder_of("qwen3_vl").processor
     query = Entry("q7", "what?", metadata={"thought": thought})
+    stops = ("</think>", "Answer:", *processor.token_ids("<|im_end|>"))
     with pytest.raises(DataError) as caught:
-        require_thought_of_text(query, processor, "</think>")
+        require_writable(query, processor, stops)
     assert str(caught.value) == f'query "q7": metadata.thought holds {what}. Remove it.'
-    example = Example(query, Entry("d", "four"), frozenset({"d"}))
-    with pytest.raises(DataError, match='query "q7": metadata.thought holds'):
-        JointCollator(processor, "</think>", 4)([example])
     plain = Entry("q8", "<|image_pad|>", metadata={"thought": "think of it."})
-    assert require_thought_of_text(plain, processor, "</think>") == "think of it."
-    assert require_thought_of_text(Entry("q9", "what?"), processor, "</think>") == ""
+    assert processor.text_of(require_writable(plain, processor, stops)) == "think of it."
+    assert require_writable(Entry("q9", "what?"), processor, stops) == []
+
+
+def test_a_batch_refuses_it_too(embedder_of):
+    processor = embedder_of("qwen3_vl").processor
+    query = Entry("q7", "what?", metadata={"thought": "see <|image_pad|>."})
+    with pytest.raises(DataError, match='query "q7": metadata.thought holds'):
+        JointCollator(processor, "</think>", 4)([Example(query, Entry("d", "four"), frozenset({"d"}))])
+
+
+def test_queries_that_all_seek_the_same_are_refused(tmp_path):
+    written(tmp_path, ["so", None, None], dict.fromkeys(("q0", "q1", "q2"), {"d0": 1}))
+    with pytest.raises(DataError, match="has the same positives, so that there is nothing to tell apart. Add queries"):
+        read_examples(tmp_path)
+
+
+def test_the_digest_is_of_all_that_is_learned_from(tmp_path):
+    known = read_examples(written(tmp_path / "a", ["so", None, None])).digest
+    assert read_examples(written(tmp_path / "b", ["so", None, None])).digest == known
+    others = [
+        written(tmp_path / "c", ["so.", None, None]),
+        written(tmp_path / "d", ["so", None, None], QRELS | {"q1": {"d2": 1}}),
+    ]
+    assert len({known, *(read_examples(folder).digest for folder in others)}) == 3
 
 
 @pytest.mark.parametrize(("thought", "kind"), [(7, "int"), (["so"], "list"), (False, "bool"), ({"a": 1}, "dict")])

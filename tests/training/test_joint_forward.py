@@ -107,6 +107,22 @@ def test_a_thought_that_nothing_opens_is_still_reasonings_alone(prefill, embedde
         assert told["embedding"] == ({False} if detach or prefill is None else {True})
 
 
+@pytest.mark.parametrize("prefill", ["reasoning", "embedding", None])
+def test_one_adapter_for_both_jobs_is_trained_as_it_will_run(prefill, embedder_of, trainee_of, inputs_of):
+    """Saved under both names; a prompt that runs under no adapter is trained under none."""
+    embedder = embedder_of("llama", graph="shared_kv", prefill_adapter=prefill)
+    parameters = dict(embedder.model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".embedding" in name:
+            parameter.data.copy_(parameters[name.replace(".embedding", ".reasoning")].data)
+    inputs = inputs_of("llama")
+    expected = embedder.encode(inputs, think="never", convert_to_tensor=True)
+    trainee = trainee_of(embedder, Roles("reasoning", "reasoning"))
+    with torch.no_grad():
+        got = trainee.pooled(trainee(rows_of(embedder, inputs, None)).plain)
+    assert (got * expected).sum(dim=1).min() > 1 - 1e-5
+
+
 @pytest.mark.parametrize("graph", ["shared_kv", "reencode"])
 @pytest.mark.parametrize("name", ["reasoning", "embedding"])
 def test_one_adapter_for_both_jobs_learns_from_every_loss(name, graph, embedder_of, trainee_of, inputs_of):

@@ -22,6 +22,28 @@ def test_by_hand():
     assert info_nce(QUERIES, DOCUMENTS, positives, 0.5).item() == pytest.approx(0.2775007, abs=1e-7)
 
 
+def test_truncation_by_hand():
+    """Of the positives' probabilities p the mean of (1 - p**q) / q; the logarithm is its limit at 0."""
+    positives = torch.eye(2, dtype=torch.bool)
+    p = [1 / (1 + math.exp(-0.8)), 1 / (1 + math.exp(-1.6))]
+    for q in (0.7, 1.0):
+        loss = info_nce(QUERIES, DOCUMENTS, positives, 0.5, q).item()
+        assert loss == pytest.approx(sum(1 - value**q for value in p) / q / 2, rel=1e-14)
+    assert info_nce(QUERIES, DOCUMENTS, positives, 0.5, 1e-9).item() == pytest.approx(0.2775007, abs=1e-6)
+
+
+def test_truncation_gives_up_on_what_is_out_of_reach():
+    """A query whose own document is the farthest weighs less than one that is nearly there."""
+    queries = torch.tensor([[1.0, 0.0], [0.6, 0.8]], requires_grad=True)
+    documents = torch.tensor([[-1.0, 0.0], [0.8, 0.6]])
+    norms = {}
+    for q in (0.0, 0.7):
+        (grad,) = torch.autograd.grad(info_nce(queries, documents, torch.eye(2).bool(), 0.5, q), queries)
+        norms[q] = grad.norm(dim=1).tolist()
+    assert norms[0.0][0] > norms[0.0][1] > 0
+    assert 0 < norms[0.7][0] < 0.2 * norms[0.0][0] and norms[0.7][1] > 0.8 * norms[0.0][1]
+
+
 def test_another_positive_of_a_query_is_no_negative():
     """With its second positive left out, the first query has no negative at all."""
     positives = torch.tensor([[True, True], [False, True]])

@@ -61,7 +61,8 @@ def test_every_number_is_the_runs_or_the_evaluations(run, evaluation):
     assert "| `test` | thoughtful | " in card and "| 0.063 |" in card and "| 0.732 |" in card
     assert "| `test` | +0.417 [+0.305, +0.529] better | -0.010 [-0.030, +0.010] not shown |" in card
     assert "- `ood_pairs`: operand pairs that training never shows" in card
-    assert "In all 30 minutes, seed 7. This command trained it, and will again" in card
+    assert "In all 30 minutes, seed 7; the same commands with the same seed train it again" in card
+    assert "Everything:\n\n```bash\n" in card and "of a run of its own" not in card
     assert "```bash\ntwn-kernels train numbers --out out/numbers\n```\n" in card
     ran = "a CPU (x86_64) with 2 threads; torch 2.13.0, transformers 5.17.0; commit `0123456789ab`"
     assert f"\n- 2026-01-02T03:04 UTC on {ran}\n" in card
@@ -76,12 +77,25 @@ def test_a_gpu_other_data_and_a_changed_tree_are_said(run, evaluation):
     run["commands"].append(command | other)
     run["config"]["data"]["folder"] = "my/data"
     card = model_card(run, evaluation)
-    assert "These commands, one after the other, trained it" in card
     assert "out/numbers\ntwn-kernels train --resume\n```\n" in card
     first, second = re.findall(r"^- 2026.*$", card, flags=re.MULTILINE)
     assert "uncommitted" not in first and second.endswith("commit `0123456789ab` with uncommitted changes")
     assert "UTC on NVIDIA H100 with 4 threads" in second
     assert "- Adapters, queries and gate: the folder `my/data`, split `train`." in card
+
+
+def test_a_backbone_of_another_run_is_told_with_its_commands(run, evaluation):
+    whole = copy.deepcopy(run)
+    run["base"] = {name: whole[name] for name in ("commands", "config")} | {
+        "stages": {"base": run["stages"].pop("base")}
+    }
+    run["base"]["commands"][0]["command"] = "twn-kernels train numbers --out first --until base"
+    card = model_card(run, evaluation)
+    assert card.index("| `base` |") < card.index("| `joint` |") and "In all 30 minutes" in card
+    first, second = card.index("--out first --until base"), card.index("--out out/numbers")
+    assert (
+        card.index("The backbone is of a run of its own:") < first < card.index("Adapters, queries and gate:") < second
+    )
 
 
 def test_models_that_were_trained_otherwise_stand_beside_it(run, evaluation):

@@ -11,9 +11,9 @@ import torch
 from policy_work import GRAPHS, METHOD, everything, examples_of, learned, settings_of, shifted
 
 import twn_kernels
-from twn_kernels.errors import DataError, OptionError, ShapeError
+from twn_kernels.errors import DataError, OptionError, ShapeError, TrainingError
 from twn_kernels.training.joint_forward import Roles
-from twn_kernels.training.policy import train_policy
+from twn_kernels.training.policy import PolicyTrainer, train_policy
 from twn_kernels.training.policy_rewards import Outcome, thought_rewards
 
 
@@ -109,6 +109,22 @@ def test_a_resumed_stage_is_the_same_bit_for_bit(inner_steps, embedder_of, train
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
     again, same = trained(tmp_path / "parts", shift=0.3, resume=True)  # nothing is left to do
     assert again == whole and all(torch.equal(tensors[name], same[name]) for name in tensors)
+
+
+def test_between_two_updates_on_the_same_thoughts_no_state_is_kept(embedder_of, trainee_of, tmp_path, monkeypatch):
+    """Their thoughts are in no state: a run that went on from there would write others."""
+    embedder = embedder_of("llama", **METHOD)
+    trainee, real = trainee_of(embedder), PolicyTrainer.step
+
+    def spoiled(self, model, batch):
+        scalars = real(self, model, batch)
+        return scalars | {"loss": scalars["loss"] * float("nan")} if self.state.global_step == 3 else scalars
+
+    monkeypatch.setattr(PolicyTrainer, "step", spoiled)
+    settings = settings_of(steps=6, save_steps=2, inner_steps=2)
+    with pytest.raises(TrainingError, match=r"^step 4: loss is nan. Stopped; the newest saved state is .*checkpoint-2"):
+        train_policy(trainee, embedder.processor, examples_of(), tmp_path, settings)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def learned_at_start(embedder_of, trainee_of) -> dict[str, torch.Tensor]:

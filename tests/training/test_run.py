@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import twn_kernels
-from twn_kernels.errors import OptionError
+from twn_kernels.errors import CheckpointError, DataError, OptionError
 from twn_kernels.evaluation.number_task import make_number_task
 from twn_kernels.testing import write_tiny_model
+from twn_kernels.training import run as training_run
 from twn_kernels.training.config import parse_config
+from twn_kernels.training.policy import HeldOut, PolicyResult
 from twn_kernels.training.run import train
 
 SMALL = {
@@ -75,7 +78,9 @@ def test_every_stage_tells_what_it_did(done):
     assert list(told["stages"]) == ["base", "joint", "policy", "gate"]
     for name, stage in told["stages"].items():
         assert stage["done"] and stage["seconds"] > 0 and stage["figures"], name
-    assert {"command", "config", "versions", "machine", "created"} <= set(told)
+    assert set(told) == {"commands", "config", "stages", "data"}
+    (command,) = told["commands"]
+    assert {"command", "versions", "machine", "created", "commit", "dirty"} == set(command)
     for folder in ("teaching", "joint", "policy", "gate"):
         rows = [json.loads(line) for line in (done / folder / "log.jsonl").read_text().splitlines()]
         assert rows and [row["step"] for row in rows] == sorted({row["step"] for row in rows})
@@ -144,5 +149,152 @@ def test_a_run_goes_on_with_its_own_configuration_alone(done):
 def test_a_share_that_leaves_nothing_is_refused(data, tmp_path):
     sections = changed(gate={"share": 0.001}, base={"path": str(write_tiny_model(tmp_path / "base"))})
     sections["data"] = {"folder": str(data)}
-    with pytest.raises(OptionError, match="gate.share 0.001 of 30 training queries leaves 30 for joint training and 0"):
+    with pytest.raises(OptionError) as caught:
         train(parse_config(sections), tmp_path / "run", say=quiet)
+    assert str(caught.value) == (
+        "gate.share 0.001 of 30 training queries leaves 30 for joint training and policy optimisation and 0 for the "
+        "gate; they need 10 and 2. Change gate.share, or train on more queries."
+    )
+    sections["gate"] = {"share": 0.7}
+    with pytest.raises(OptionError, match="leaves 9 for joint training and policy optimisation and 21 for the gate"):
+        train(parse_config(sections), tmp_path / "run", resume=True, say=quiet)
+
+
+def test_what_cannot_be_begun_leaves_the_folder_as_it_was(tmp_path):
+    wrong = changed(data={"folder": str(tmp_path / "nowhere")})
+    with pytest.raises(DataError, match="nowhere"):
+        train(parse_config(wrong), tmp_path / "run", say=quiet)
+    with pytest.raises(OptionError, match='^device "cuda:7" is not there|^device "cuda:99" is not there'):
+        train(parse_config(changed(base={"device": "cuda:99"})), tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_may_change_until_something_was_learned(data, tmp_path):
+    sections = changed(base={"path": str(tmp_path / "absent")}, policy={"steps": 0})
+    sections["data"] = {"folder": str(data)}
+    with pytest.raises(CheckpointError):
+        train(parse_config(sections), tmp_path / "run", say=quiet)
+    sections["base"] = {"path": str(write_tiny_model(tmp_path / "base"))}
+    out = train(parse_config(sections), tmp_path / "run", resume=True, until="joint", say=quiet)
+    assert (out / "queries.safetensors").is_file()
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(told["commands"]) == 2 and told["config"]["base"]["path"] == sections["base"]["path"]
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    for place, text in enumerate(("{", "{}", "[]")):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        (folder / "run.json").write_text(text)
+        with pytest.raises(OptionError, match="run.json. is not as a run wrote it .*Name another folder"):
+            train(parse_config(SMALL), folder, resume=True, say=quiet)
+
+
+def small_run(data: Path, folder: Path, **sections) -> tuple[dict, Path]:
+    """Sections of a run on a tiny backbone and on data that may be changed, and its folder."""
+    own = folder / "data"
+    if not own.exists():
+        shutil.copytree(data, own)
+    made = changed(policy={"steps": 0}, **sections)
+    made |= {"data": {"folder": str(own)}, "base": {"path": str(write_tiny_model(folder / "base"))}}
+    return made, folder / "run"
+
+
+def test_other_data_is_refused_when_a_run_goes_on(data, tmp_path):
+    """Queries that joint training learned from would judge the gate."""
+    sections, out = small_run(data, tmp_path)
+    train(parse_config(sections), out, until="joint", say=quiet)
+    queries = tmp_path / "data" / "queries.jsonl"
+    queries.write_text(queries.read_text().replace(" is ", " was ", 1))
+    with pytest.raises(OptionError, match="the training data is not the one that the run in .* began with"):
+        train(parse_config(sections), out, resume=True, say=quiet)
+
+
+def test_the_gate_learns_from_other_queries_than_joint_training(data, tmp_path, monkeypatch):
+    sections, out = small_run(data, tmp_path)
+    learned, made = set(), training_run.JointTrainer
+
+    def watched(trainee, folder, settings, stream, *rest, **options):
+        learned.update(query.id for query in stream.examples.queries)
+        return made(trainee, folder, settings, stream, *rest, **options)
+
+    monkeypatch.setattr(training_run, "JointTrainer", watched)
+    train(parse_config(sections), out, say=quiet)
+    judged = {json.loads(line)["id"] for line in (out / "gate" / "labels.jsonl").read_text().splitlines()}
+    assert len(learned) == 21 and len(judged) == 9 and not learned & judged
+
+
+def test_without_a_gate_every_query_is_learned_from(data, tmp_path):
+    sections, out = small_run(data, tmp_path, gate={"steps": 0})
+    run = training_run._Run(parse_config(sections), out, "", quiet)
+    run.begin(False)
+    assert [len(part) for part in run.examples()] == [30, 0]
+
+
+def test_thoughts_that_no_model_writes_are_said_before_training(data, tmp_path):
+    sections, out = small_run(data, tmp_path)
+    queries, said = tmp_path / "data" / "queries.jsonl", []
+    train(parse_config(sections), out, until="joint", say=said.append)
+    assert any("30 of 30 thoughts are longer than method.max_think_tokens 6, so that" in line for line in said)
+    assert any("warning: joint.warmup_steps 50 leaves no step at the full learning rate" in line for line in said)
+    queries.write_text(queries.read_text().replace('"thought": "', '"thought": "<|im_end|> '))
+    with pytest.raises(DataError, match='metadata.thought holds "<|im_end|>", which ends a thought. Remove it.'):
+        train(parse_config(sections), tmp_path / "other", say=quiet)
+
+
+def test_settings_reach_what_they_are_of(data, tmp_path, monkeypatch):
+    """Prompts of queries and documents, the detached interface, the adapters' dtype."""
+    sections, out = small_run(data, tmp_path, joint={"detach": False})
+    sections["policy"] = SMALL["policy"]
+    sections["base"]["adapter_dtype"] = "bfloat16"
+    sections["data"] |= {"query_prompt": "Find it.", "document_prompt": "Keep it."}
+    seen: dict[str, tuple] = {}
+
+    def watch(name, pick):
+        made = getattr(training_run, name)
+
+        def watched(*args, **options):
+            seen[name] = pick(args, options)
+            return made(*args, **options)
+
+        monkeypatch.setattr(training_run, name, watched)
+
+    watch("JointCollator", lambda args, options: args[3:5])
+    watch("train_policy", lambda args, options: options["prompts"])
+    watch("TWNEmbedder", lambda args, options: tuple(options["prompts"][name] for name in ("query", "document")))
+    watch("Roles", lambda args, options: args)
+    train(parse_config(sections), out, say=quiet)
+    assert seen.pop("Roles") == ("reasoning", "embedding", False)
+    assert seen == dict.fromkeys(("JointCollator", "train_policy", "TWNEmbedder"), ("Find it.", "Keep it."))
+    adapters = load_file(out / "joint" / "twn" / "reasoning" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapters.values()} == {torch.bfloat16}
+
+
+def test_the_gate_is_of_the_policy_that_was_kept(data, tmp_path, monkeypatch):
+    """Also where the run goes on in another process: the newest adapters are loaded."""
+    sections, out = small_run(data, tmp_path)
+    sections["policy"] = SMALL["policy"]
+
+    def bettered(trainee, *rest, **options):
+        for name, parameter in trainee.model.named_parameters():
+            if name.removesuffix(".weight").endswith("lora_B.reasoning"):
+                parameter.data.fill_(0.25)
+        same = HeldOut(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return PolicyResult(same, same, "trained", 2)
+
+    monkeypatch.setattr(training_run, "train_policy", bettered)
+    train(parse_config(sections), out, until="policy", say=quiet)
+    train(parse_config(sections), out, resume=True, say=quiet)
+    checkpoint = twn_kernels.load_checkpoint(out / "twn")
+    assert all((layer.B == 0.25).all() for layer in checkpoint.adapters["reasoning"].layers.values())
+    assert not all((layer.B == 0.25).all() for layer in checkpoint.adapters["embedding"].layers.values())
+
+
+def test_a_backbone_that_a_run_taught_brings_its_record(done, data, tmp_path):
+    sections = changed(base={"path": str(done / "base")}, policy={"steps": 0})
+    sections["data"] = {"folder": str(data)}
+    train(parse_config(sections), tmp_path / "run", until="joint", say=quiet)
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    whole = json.loads((done / "run.json").read_text())
+    assert told["base"]["stages"] == {"base": whole["stages"]["base"]} and "base" not in told["stages"]
+    assert told["base"]["commands"] == whole["commands"] and told["base"]["config"]["base"]["steps"] == 3

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from twn_kernels.errors import CheckpointError, OptionError, TrainingError
-from twn_kernels.training.stage_trainer import LOG_FILE, StageTrainer
+from twn_kernels.training.stage_trainer import LOG_FILE, StageTrainer, stage_arguments
 from twn_kernels.training.states import WEIGHTS_FILE, newest_state
 
 STEPS = 6
@@ -219,7 +219,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_learned(step, factor, wha
     state = tmp_path / f"checkpoint-{step - 1}"
     assert str(caught.value) == (
         f'step {step}: {what}. Stopped; the state after step {step - 1} is kept in "{state}". '
-        "Lower learning_rate or look at the batch, then resume."
+        "Look at that batch and resume, or train anew with a lower learning_rate."
     )
     assert same(learned(made), before) and same(load_file(state / WEIGHTS_FILE), before)
     assert newest_state(tmp_path) == state
@@ -240,10 +240,10 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path):
         trainer(tmp_path, spoil).run()
     assert str(caught.value).startswith("step 6: loss is ") and str(caught.value).endswith(
         "Stopped; what was learned is not finite either after step 5, so the newest saved state is "
-        f'"{tmp_path / "checkpoint-3"}". Lower learning_rate or look at the batch, then resume.'
+        f'"{tmp_path / "checkpoint-3"}". Look at that batch and resume, or train anew with a lower learning_rate.'
     )
     assert newest_state(tmp_path) == tmp_path / "checkpoint-3"
-    with pytest.raises(TrainingError, match="so no state was saved before. Lower"):
+    with pytest.raises(TrainingError, match="so no state was saved before. Look"):
         trainer(tmp_path / "new", spoil, save_steps=10).run()
 
 
@@ -332,5 +332,28 @@ def test_more_than_one_device_is_refused(name, tmp_path, monkeypatch):
     with pytest.raises(TrainingError) as caught:
         trainer(tmp_path)
     assert str(caught.value) == (
-        "training runs on one device, got 2. Start one process, with CUDA_VISIBLE_DEVICES naming one GPU."
+        "training runs on one device, the first, got 2 of them. "
+        "Start one process, with CUDA_VISIBLE_DEVICES naming one GPU."
     )
+
+
+def test_a_model_stays_where_it_is(tmp_path, monkeypatch):
+    """A machine with a GPU does not take a model that is on the CPU, nor one from its second GPU to its first."""
+    assert stage_arguments(tmp_path, trainer(tmp_path).settings, 0, torch.device("cpu")).use_cpu
+    assert not stage_arguments(tmp_path, trainer(tmp_path).settings, 0, torch.device("cuda:1")).use_cpu
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device("cuda:1")))
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 1))
+    monkeypatch.setattr(Trainer, "_move_model_to_device", lambda *_: None)
+    with pytest.raises(TrainingError, match='^training runs on one device, the first, got "cpu" where'):
+        trainer(tmp_path)
+
+
+def test_a_state_before_what_is_not_finite_is_kept_beside_the_others(tmp_path):
+    """A loss may have been lost for some steps by then: what was saved in good time is not thrown out for it."""
+
+    def spoil(now, model):
+        return float("nan") if now == 6 else 1.0
+
+    with pytest.raises(TrainingError, match="the state after step 5 is kept"):
+        trainer(tmp_path, spoil, save_steps=2).run()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 4, 5)]

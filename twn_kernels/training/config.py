@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from twn_kernels.checkpoint import TWNConfig
 from twn_kernels.errors import MissingDependency, OptionError, did_you_mean, quoted
+from twn_kernels.settings import MAX_RANK
 
 __all__ = [
     "BaseSettings",
@@ -306,11 +307,14 @@ _AT_LEAST_ZERO += ("thought_weight", "plain_weight", "thoughtful_weight", "forma
 _ABOVE_ZERO = ("batch_size", "learning_rate", "max_grad_norm", "save_steps", "log_steps", "chunk_size", "rank")
 _ABOVE_ZERO += ("num_queries", "temperature", "encode_batch_size", "group_size", "inner_steps", "train_queries")
 _ABOVE_ZERO += ("copies",)
+_SEEDS = 2**32  # numpy's generators take no larger ones
 
 
 def _check(config: TrainingConfig) -> None:
-    if config.seed < 0:
-        raise OptionError(f"seed must be at least 0, got {config.seed}.")
+    if not 0 <= config.seed < _SEEDS:
+        raise OptionError(f"seed must be a whole number from 0 to {_SEEDS - 1}, got {config.seed}.")
+    if config.base.path == "":
+        raise OptionError('base.path must be a directory or a hub id, got "". Leave it out for the small backbone.')
     for section in ("base", "data", "joint", "policy", "gate"):
         for name, value in vars(getattr(config, section)).items():
             if value is None:
@@ -326,6 +330,10 @@ def _check(config: TrainingConfig) -> None:
         raise OptionError(f"gate.share must be between 0 and 1, got {config.gate.share!r}.")
     if not 0 <= config.joint.plain_truncation <= 1:
         raise OptionError(f"joint.plain_truncation must be between 0 and 1, got {config.joint.plain_truncation!r}.")
+    if config.joint.batch_size < 2:
+        raise OptionError(f"joint.batch_size must be at least 2 to contrast documents, got {config.joint.batch_size}.")
+    if config.joint.rank > MAX_RANK:
+        raise OptionError(f"joint.rank must be at most {MAX_RANK}, got {config.joint.rank}.")
     if config.joint.steps == 0:
         raise OptionError("joint.steps must be at least 1: without it there is nothing to embed with.")
     if config.policy.steps:

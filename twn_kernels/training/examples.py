@@ -7,6 +7,8 @@ stopped goes on with the very batch that would have come next.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from twn_kernels.errors import DataError
 from twn_kernels.evaluation.dataset import Entry, read_split
 from twn_kernels.pipeline.processor import Processor
 
-__all__ = ["Example", "Examples", "Stream", "read_examples", "require_thought_of_text"]
+__all__ = ["Example", "Examples", "Stream", "read_examples", "require_writable"]
 
 
 class Example(NamedTuple):
@@ -44,10 +46,17 @@ class Examples:
         queries: in the folder's order.
         documents: by id.
         relevant: query id to ids of its positives.
+        digest: of all that was read, thoughts included; None where it was not read.
     """
 
-    def __init__(self, queries: Sequence[Entry], documents: dict[str, Entry], relevant: dict[str, list[str]]) -> None:
-        self.queries, self.documents = list(queries), documents
+    def __init__(
+        self,
+        queries: Sequence[Entry],
+        documents: dict[str, Entry],
+        relevant: dict[str, list[str]],
+        digest: str | None = None,
+    ) -> None:
+        self.queries, self.documents, self.digest = list(queries), documents, digest
         self._positives = relevant
 
     def __len__(self) -> int:
@@ -100,25 +109,28 @@ class Stream:
         return self.examples.example(self._order[1][place], random.Random(f"example {self.seed}: {index}"))
 
 
-def require_thought_of_text(query: Entry, processor: Processor, ending: str) -> str:
-    """The thought of a query, which a model can write: text that neither stands for pixels nor closes a thought.
+def require_writable(query: Entry, processor: Processor, stops: Sequence[str | int]) -> list[int]:
+    """Token ids of a query's thought, which the model could write at inference; empty where it has none.
 
     Args:
         query: with or without a thought.
         processor: the model's.
-        ending: text that closes a thought.
+        stops: what ends a thought: strings and token ids.
 
     Raises:
-        DataError: the thought holds a placeholder of an image or a video, or the text that closes it.
+        DataError: the thought holds a placeholder of an image or a video, or something that ends a thought.
     """
     thought = query.metadata.get("thought") or ""
+    ids = processor.token_ids(thought)
     placeholder = processor.placeholder_in(thought)
     if placeholder is not None:
         what = f'"{placeholder}", which stands for pixels in this model'
-    elif ending and ending in thought:
-        what = f'"{ending}", which closes a thought'
     else:
-        return thought
+        inside = [s for s in stops if (s in thought if isinstance(s, str) else s in ids)]
+        if not inside:
+            return ids
+        shown = inside[0] if isinstance(inside[0], str) else processor.raw_text_of([inside[0]])
+        what = f'"{shown}", which ends a thought'
     raise DataError(f'query "{query.id}": metadata.thought holds {what}. Remove it.')
 
 
@@ -126,7 +138,8 @@ def read_examples(folder: str | Path, split: str = "train") -> Examples:
     """The queries of a split, its documents and judgments.
 
     Raises:
-        DataError: the folder is not whole, a thought is no string, or no query of the split has one to learn.
+        DataError: the folder is not whole, a thought is no string, no query of the split has one to learn, or all
+            queries have the same positives.
     """
     found = read_split(folder, split)
     for query in found.queries:
@@ -144,4 +157,11 @@ def read_examples(folder: str | Path, split: str = "train") -> Examples:
     relevant = {
         query.id: sorted(name for name, score in found.qrels[query.id].items() if score > 0) for query in found.queries
     }
-    return Examples(found.queries, {document.id: document for document in found.documents}, relevant)
+    if len({tuple(names) for names in relevant.values()}) < 2:
+        raise DataError(
+            f'every query of split "{split}" of "{folder}" has the same positives, so that there is nothing to tell '
+            "apart. Add queries that seek other documents."
+        )
+    thoughts = json.dumps([query.metadata.get("thought") for query in found.queries])
+    digest = hashlib.sha256(f"{found.digest} {thoughts}".encode()).hexdigest()
+    return Examples(found.queries, {document.id: document for document in found.documents}, relevant, digest)

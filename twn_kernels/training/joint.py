@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from twn_kernels.pipeline.processor import Processor
-from twn_kernels.training.examples import Example, require_thought_of_text
-from twn_kernels.training.joint_forward import Trainee
+from twn_kernels.training.examples import Example, require_writable
+from twn_kernels.training.joint_forward import Trained, Trainee
 from twn_kernels.training.losses import info_nce
 from twn_kernels.training.sequences import Rows
 from twn_kernels.training.stage_trainer import StageTrainer
@@ -52,9 +52,11 @@ class JointCollator:
         return {"chunks": chunks, "positives": positives}
 
     def _chunk(self, examples: Sequence[Example]) -> tuple[Rows, Rows]:
-        encode = self.processor.token_ids
-        written = [require_thought_of_text(example.query, self.processor, self.ending) for example in examples]
-        thoughts = [encode(thought + self.ending) if thought else [] for thought in written]
+        thoughts = []
+        for example in examples:
+            written = require_writable(example.query, self.processor, (self.ending,))
+            # Encoded with what closes it, as both may share a token.
+            thoughts.append(self.processor.token_ids(example.thought + self.ending) if written else [])
         queries = self._encoded([example.query.input for example in examples], self.prompts[0])
         documents = self._encoded([example.document.input for example in examples], self.prompts[1])
         return Rows(queries, thoughts), Rows(documents)
@@ -99,7 +101,7 @@ class JointTrainer(StageTrainer):
             self.accelerator.backward(loss)
             return {"loss": loss} | losses
         with torch.no_grad():
-            cached = [self._chunk(model, chunk)[0] for chunk in chunks]
+            cached = [self._vectors(model, *(model(rows) for rows in chunk)) for chunk in chunks]
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)]
         losses = self._contrastive(whole, positives)
         gradients = torch.autograd.grad(self._weighted(losses), whole)
@@ -113,13 +115,16 @@ class JointTrainer(StageTrainer):
         losses["thought_loss"] = thoughts / tokens
         return {"loss": self._weighted(losses).detach()} | losses
 
-    @staticmethod
-    def _chunk(model: Trainee, chunk: tuple[Rows, Rows]) -> tuple[list[Tensor], Tensor]:
-        """Vectors of queries, plain and thoughtful, and of documents; sum of the thoughts' losses."""
+    def _chunk(self, model: Trainee, chunk: tuple[Rows, Rows]) -> tuple[list[Tensor], Tensor]:
+        """Vectors of a chunk, and the sum of its thoughts' losses."""
         queries, documents = model(chunk[0]), model(chunk[1])
+        return self._vectors(model, queries, documents), model.thought_loss(queries)
+
+    @staticmethod
+    def _vectors(model: Trainee, queries: Trained, documents: Trained) -> list[Tensor]:
+        """Of queries, plain and thoughtful, and of documents."""
         thoughtful = queries.plain if queries.thoughtful is None else queries.thoughtful
-        vectors = [model.pooled(states) for states in (queries.plain, thoughtful, documents.plain)]
-        return vectors, model.thought_loss(queries)
+        return [model.pooled(states) for states in (queries.plain, thoughtful, documents.plain)]
 
     def _contrastive(self, vectors: Sequence[Tensor], positives: Tensor) -> dict[str, Tensor]:
         plain, thoughtful, documents = vectors

@@ -121,7 +121,7 @@ class Trainee(nn.Module):
 
     def _shared(self, sequences: Sequences) -> Trained:
         roles, prompt_adapter = self.roles, self.method.prefill_adapter
-        if roles.thought == roles.queries:  # one adapter for everything
+        if roles.thought == roles.queries and prompt_adapter is not None:  # one adapter under both names
             prompt_adapter = roles.thought
         embeds = self._embeds(sequences)
         parts = [

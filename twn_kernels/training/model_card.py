@@ -129,28 +129,31 @@ def _data(run: Mapping[str, Any]) -> str:
 
 
 def _training(run: Mapping[str, Any]) -> str:
-    config, commands = run["config"], run["commands"]
-    rows = []
+    taught = run.get("base")
+    runs = [run] if taught is None else [taught, run]
+    rows = [row for part in runs for row in _stage_rows(part)]
+    total = sum(stage["seconds"] for part in runs for stage in part["stages"].values())
+    parts = [
+        f"## Training\n\n{_table(('stage', 'what learns', 'steps x batch', 'minutes'), rows)}",
+        f"In all {total / 60:.0f} minutes, seed {run['config']['seed']}; the same commands with the same seed train it "
+        "again (bits may differ from\nmachine to machine).",
+    ]
+    if taught is not None:
+        parts.append(f"The backbone is of a run of its own:\n\n{_commands(taught['commands'])}")
+    parts.append(f"{'Adapters, queries and gate' if taught else 'Everything'}:\n\n{_commands(run['commands'])}")
+    return "\n\n".join(parts)
+
+
+def _stage_rows(run: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     for name, stage in run["stages"].items():
-        settings = config[name]
+        settings = run["config"][name]
         size = f"{settings['steps']:,} x {settings['batch_size']}"
-        rows.append((f"`{name}`", _STAGES.get(name, ""), size, f"{stage['seconds'] / 60:.1f}"))
-    total = sum(stage["seconds"] for stage in run["stages"].values())
-    begun = "\n".join(f"- {_ran_on(command)}" for command in commands)
+        yield f"`{name}`", _STAGES.get(name, ""), size, f"{stage['seconds'] / 60:.1f}"
+
+
+def _commands(commands: Sequence[Mapping[str, Any]]) -> str:
     shown = "\n".join(command["command"] for command in commands)
-    what = "This command" if len(commands) == 1 else "These commands, one after the other,"
-    return f"""## Training
-
-{_table(("stage", "what learns", "steps x batch", "minutes"), rows)}
-
-In all {total / 60:.0f} minutes, seed {config["seed"]}. {what} trained it, and will again (same seed, same data; bits
-may differ from machine to machine):
-
-```bash
-{shown}
-```
-
-{begun}"""
+    return f"```bash\n{shown}\n```\n\n" + "\n".join(f"- {_ran_on(command)}" for command in commands)
 
 
 def _ran_on(command: Mapping[str, Any]) -> str:

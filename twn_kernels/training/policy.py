@@ -40,13 +40,14 @@ from twn_kernels.training.sequences import Rows
 from twn_kernels.training.stage_trainer import StageTrainer
 from twn_kernels.training.states import load_learned, newest_state, save_learned
 
-__all__ = ["HeldOut", "PolicyResult", "PolicyTrainer", "train_policy"]
+__all__ = ["LEAST_EXAMPLES", "HeldOut", "PolicyResult", "PolicyTrainer", "train_policy"]
 
 Reward = Callable[[Outcome], Tensor]
 
 _START = "start"  # folder of the adapter that the stage began with
 # Of the examples, kept out to compare both adapters on; the mean reciprocal rank of 128 is known to 0.04 or better.
 _HELD_OUT, _MOST_HELD_OUT_SHARE = 128, 0.2
+LEAST_EXAMPLES = 10  # of which two are held out
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,9 @@ class PolicyTrainer(StageTrainer):
             self.accelerator.backward(loss)
             total, divergence = total + loss.detach(), divergence + kl.detach().sum() / current.tokens
         return {"loss": total, "kl": divergence} | current.scalars
+
+    def _ends_here(self, step: int) -> bool:
+        return step % self.inner_steps == 0  # the thoughts that the next update reads are not in a state
 
     def rewards(self, outcome: Outcome) -> Tensor:
         """The reward of each thought, ``[Q, G]``.
@@ -329,9 +333,9 @@ def _divided(examples: Examples, seed: int) -> tuple[Examples, list[Example]]:
     """The examples to learn from, and those held out, each with a positive that does not change."""
     count = min(_HELD_OUT, int(len(examples) * _MOST_HELD_OUT_SHARE))
     if count < 2:
-        needed = round(2 / _MOST_HELD_OUT_SHARE)
         raise DataError(
-            f"policy optimisation needs at least {needed} examples, a part of which is held out; got {len(examples)}."
+            f"policy optimisation needs at least {LEAST_EXAMPLES} examples, a part of which is held out; "
+            f"got {len(examples)}."
         )
     learning, rest = examples.divided(count / len(examples), seed)
     return learning, [rest.example(place, random.Random(f"held out {seed}: {place}")) for place in range(len(rest))]

@@ -28,14 +28,14 @@ from twn_kernels.pipeline import TWNEmbedder, loading
 from twn_kernels.pipeline.processor import Processor, load_processor
 from twn_kernels.settings import EMBEDDING, REASONING
 from twn_kernels.training.config import TrainingConfig
-from twn_kernels.training.examples import Examples, Stream, read_examples, require_thought_of_text
+from twn_kernels.training.examples import Examples, Stream, read_examples, require_writable
 from twn_kernels.training.gate import train_gate
 from twn_kernels.training.joint import JointCollator, JointTrainer
 from twn_kernels.training.joint_forward import Roles, Trainee
 from twn_kernels.training.number_base import new_number_base
 from twn_kernels.training.number_lessons import Lessons
 from twn_kernels.training.plots import draw_log
-from twn_kernels.training.policy import train_policy
+from twn_kernels.training.policy import LEAST_EXAMPLES, train_policy
 from twn_kernels.training.stage_trainer import LOG_FILE
 from twn_kernels.training.teaching import LessonCollator, LessonTrainer
 
@@ -72,8 +72,9 @@ def train(
         The TWN directory.
 
     Raises:
-        OptionError: ``out`` holds a run and ``resume`` is False, or that run had another configuration.
-        DataError: the data folder is not whole.
+        OptionError: ``out`` holds a run and ``resume`` is False, that run had another configuration or other data,
+            or what was divided from the data is too little for a stage.
+        DataError: the data folder is not whole, or a thought is none that the model could write.
         TrainingError: a loss became NaN; the message says where the last good state is.
     """
     if until is not None and until not in STAGES:
@@ -100,28 +101,41 @@ class _Run:
     # -- the folder -------------------------------------------------------------------------------------------------
 
     def begin(self, resume: bool) -> None:
-        """Open or make the folder."""
-        path, asked = self.out / RUN_FILE, json.loads(json.dumps(self.config.as_dict()))
-        if path.exists():
-            if not resume:
-                raise OptionError(f'"{self.out}" holds a run. Go on with it by --resume, or name another folder.')
-            self.told = json.loads(path.read_text(encoding="utf-8"))
-            if changed := _differences(self.told["config"], asked):
-                raise OptionError(
-                    f'"{self.out}" was begun with another configuration; different: {quoted(changed)}. '
-                    "Resume with the same one, or name another folder."
-                )
+        """Open or make the folder, once what is asked for can be begun."""
+        machine = {"processor": platform.machine(), "device": _device_name(self.config)}
+        machine["threads"] = torch.get_num_threads()
+        asked = json.loads(json.dumps(self.config.as_dict()))
+        if (self.out / RUN_FILE).exists():
+            self._open(resume, asked)
+        elif self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
+            raise OptionError(f'"{self.out}" exists and holds no run. Name an empty or a new folder.')
         else:
-            if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-                raise OptionError(f'"{self.out}" exists and holds no run. Name an empty or a new folder.')
-            self.out.mkdir(parents=True, exist_ok=True)
             self.told = {"commands": [], "config": asked, "stages": {}}
             if (taught := _taught(self.config.base.path)) is not None:
                 self.told["base"] = taught
-        machine = {"processor": platform.machine(), "device": _device_name(self.config)}
-        machine["threads"] = torch.get_num_threads()
+        if self.config.data.folder is not None:
+            self._whole()  # hours may pass before it is needed
+        self.out.mkdir(parents=True, exist_ok=True)
         self.told["commands"].append({"command": self.command, **provenance.stamp(), "machine": machine})
         self._write()
+
+    def _open(self, resume: bool, asked: dict[str, Any]) -> None:
+        """Read what the run in the folder tells; nothing of it may differ once something was learned."""
+        path = self.out / RUN_FILE
+        if not resume:
+            raise OptionError(f'"{self.out}" holds a run. Go on with it by --resume, or name another folder.')
+        try:
+            self.told = json.loads(path.read_text(encoding="utf-8"))
+            before, stages, _ = (self.told[name] for name in ("config", "stages", "commands"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise OptionError(f'"{path}" is not as a run wrote it ({error!r}). Name another folder.') from error
+        changed = _differences(before, asked)
+        if changed and (any(stage["done"] for stage in stages.values()) or any(self.out.glob("*/checkpoint-*"))):
+            raise OptionError(
+                f'"{self.out}" was begun with another configuration; different: {quoted(changed)}. '
+                "Resume with the same one, or name another folder."
+            )
+        self.told["config"] = asked
 
     def _write(self) -> None:
         staged = self.out / f".{RUN_FILE}.new"
@@ -136,6 +150,8 @@ class _Run:
         if skipped or done.get(name, {}).get("done"):
             return
         self.say(f"{name}: {settings.steps} steps")
+        if settings.warmup_steps >= settings.steps:
+            self.say(f"warning: {name}.warmup_steps {settings.warmup_steps} leaves no step at the full learning rate")
         start, before = time.perf_counter(), done.get(name, {}).get("seconds", 0.0)
         done[name] = {"done": False, "seconds": before}
         self._write()
@@ -183,23 +199,62 @@ class _Run:
     def examples(self) -> tuple[Examples, Examples]:
         """The queries of joint training and those of the gate."""
         if self._examples is None:
-            data, seed = self.config.data, self.config.seed
-            folder = self.out / "data" if data.folder is None else Path(data.folder)
-            if data.folder is None and not (folder / "README.md").exists():  # written last
-                shutil.rmtree(folder, ignore_errors=True)
-                self.say("data: making the number task")
-                make_number_task(folder, queries=1, train_queries=data.train_queries, copies=data.copies, seed=seed)
-            whole = read_examples(folder, data.split)
-            for query in whole.queries:  # before hours of training, not where a batch first holds it
-                require_thought_of_text(query, self.processor, self.closing)
-            first, second = whole.divided(self.config.gate.share, seed)
-            if not (len(first) and len(second)):
-                raise OptionError(
-                    f"gate.share {self.config.gate.share} of {len(whole)} training queries leaves {len(first)} for "
-                    f"joint training and {len(second)} for the gate; both need one or more."
-                )
+            whole = self._whole()
+            self._require_same_data(whole)
+            self._require_writable(whole)
+            share = self.config.gate.share if self.config.gate.steps else 0.0
+            first, second = whole.divided(share, self.config.seed)
+            self._require_enough(first, second, len(whole))
             self._examples = first, second
         return self._examples
+
+    def _whole(self) -> Examples:
+        data, seed = self.config.data, self.config.seed
+        folder = self.out / "data" if data.folder is None else Path(data.folder)
+        if data.folder is None and not (folder / "README.md").exists():  # written last
+            shutil.rmtree(folder, ignore_errors=True)
+            self.say("data: making the number task")
+            make_number_task(folder, queries=1, train_queries=data.train_queries, copies=data.copies, seed=seed)
+        return read_examples(folder, data.split)
+
+    def _require_same_data(self, whole: Examples) -> None:
+        """Other queries would be divided otherwise, and the gate judged by those that were learned from."""
+        before = self.told.setdefault("data", whole.digest)
+        if before != whole.digest:
+            raise OptionError(
+                f'the training data is not the one that the run in "{self.out}" began with: its queries, thoughts, '
+                "documents or judgments changed. Put it back, or name another folder."
+            )
+        self._write()
+
+    def _require_writable(self, whole: Examples) -> None:
+        """Before hours of training, not where a batch first holds a thought that no model writes."""
+        method = self.config.method
+        stops = (*method.think_end, *sorted(loading.end_of_sequence(self.trainee().model, self.processor)))
+        closing = len(self.processor.token_ids(self.closing))
+        lengths = [len(require_writable(query, self.processor, stops)) + closing for query in whole.queries]
+        long = sum(length > method.max_think_tokens for length in lengths)
+        if long:
+            self.say(
+                f"warning: {long} of {len(lengths)} thoughts are longer than method.max_think_tokens "
+                f"{method.max_think_tokens}, so that the model will not get to close them"
+            )
+
+    def _require_enough(self, first: Examples, second: Examples, count: int) -> None:
+        gate, policy = self.config.gate, self.config.policy
+        needs_first = LEAST_EXAMPLES if policy.steps else 2
+        needs_second = 2 if gate.steps else 0
+        if len(first) < needs_first or len(second) < needs_second:
+            raise OptionError(
+                f"gate.share {gate.share} of {count} training queries leaves {len(first)} for joint training"
+                f"{' and policy optimisation' * bool(policy.steps)} and {len(second)} for the gate; they need "
+                f"{needs_first} and {needs_second}. Change gate.share, or train on more queries."
+            )
+        if not any(query.metadata.get("thought") for query in first.queries):
+            raise OptionError(
+                f"gate.share {gate.share} keeps every query that has a thought for the gate, which leaves joint "
+                "training none to learn. Lower gate.share, or give more queries a thought."
+            )
 
     def folder(self, stage: str) -> Path:
         """Where a stage keeps its log, plot and states; the backbone's own folder holds the model alone."""
@@ -322,5 +377,5 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def _device_name(config: TrainingConfig) -> str:
-    device = config.base.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = loading.checked_device(config.base.device) or ("cuda" if torch.cuda.is_available() else "cpu")
     return torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "CPU"

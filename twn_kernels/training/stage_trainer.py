@@ -36,7 +36,7 @@ LOG_FILE = "log.jsonl"
 _SUMS_FILE = "sums.json"
 
 
-def stage_arguments(out: Path, settings: Any, seed: int) -> TrainingArguments:
+def stage_arguments(out: Path, settings: Any, seed: int, device: torch.device) -> TrainingArguments:
     """Arguments of a stage's trainer.
 
     Args:
@@ -44,9 +44,11 @@ def stage_arguments(out: Path, settings: Any, seed: int) -> TrainingArguments:
         settings: with ``steps``, ``batch_size``, ``learning_rate``, ``warmup_steps``, ``weight_decay``,
             ``max_grad_norm``, ``save_steps`` and ``log_steps``.
         seed: of the trainer's own draws.
+        device: where the model is and stays.
     """
     return TrainingArguments(
         output_dir=str(out),
+        use_cpu=device.type == "cpu",
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -95,17 +97,20 @@ class StageTrainer(Trainer):
         self._sums: dict[str, float] = {}
         self._count = 0
         self._run_folder = self.out
+        device = next(model.parameters()).device
         super().__init__(
             model,
-            stage_arguments(self.out, settings, seed),
+            stage_arguments(self.out, settings, seed, device),
             data_collator=collate,
             train_dataset=examples,
             callbacks=[_LogFile(self.out / LOG_FILE, say)],
         )
         self.remove_callback(PrinterCallback)  # stdout is the command's
-        if self.args.world_size > 1 or self.args.n_gpu > 1:
+        count = max(self.args.world_size, self.args.n_gpu)
+        if count > 1 or (device.index or 0) != (self.args.device.index or 0):
+            got = f"{count} of them" if count > 1 else f'"{device}" where the Trainer takes "{self.args.device}"'
             raise TrainingError(
-                f"training runs on one device, got {max(self.args.world_size, self.args.n_gpu)}. "
+                f"training runs on one device, the first, got {got}. "
                 "Start one process, with CUDA_VISIBLE_DEVICES naming one GPU."
             )
 
@@ -155,21 +160,28 @@ class StageTrainer(Trainer):
         what = f"{bad[0]} is {float(torch.as_tensor(scalars[bad[0]]).detach())}" if bad else "a gradient is not finite"
         raise TrainingError(
             f"step {self.state.global_step + 1}: {what}. Stopped; {self._kept()}. "
-            "Lower learning_rate or look at the batch, then resume."
+            "Look at that batch and resume, or train anew with a lower learning_rate."
         )
 
     def _kept(self) -> str:
         """Keep the state before this step, and say where."""
         step = self.state.global_step
-        if all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
-            folder = self.out / f"checkpoint-{step}"
+        folder, finite = self.out / f"checkpoint-{step}", self._learned_is_finite()
+        if finite and (folder.exists() or self._ends_here(step)):
             if not folder.exists():
                 undraw(self._drawn)
-                self._save_checkpoint(self.model, None)
+                self._write_state()  # beside the states that are there: this one may be no better than the loss
             return f'the state after step {step} is kept in "{folder}"'
         state = newest_state(self.out)
         kept = "no state was saved before" if state is None else f'the newest saved state is "{state}"'
-        return f"what was learned is not finite either after step {step}, so {kept}"
+        return kept if finite else f"what was learned is not finite either after step {step}, so {kept}"
+
+    def _learned_is_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad)
+
+    def _ends_here(self, step: int) -> bool:
+        """Whether a run can go on from after this step with the same bits."""
+        return True
 
     def log(self, logs: dict[str, Any], *args: Any, **options: Any) -> None:
         """Add the means of a step's scalars since the last log."""
@@ -183,13 +195,16 @@ class StageTrainer(Trainer):
         return SequentialSampler(self.train_dataset)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._write_state()
+        rotate_checkpoints(str(self.out), self.args.save_total_limit)
+
+    def _write_state(self) -> None:
         self._run_folder = staging_folder(self.out)
         try:
-            super()._save_checkpoint(model, trial)
+            super()._save_checkpoint(self.model, None)
             publish(self._run_folder / f"checkpoint-{self.state.global_step}", self.out)
         finally:
             self._run_folder = self.out
-        rotate_checkpoints(str(self.out), self.args.save_total_limit)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._run_folder)
