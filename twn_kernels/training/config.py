@@ -135,7 +135,7 @@ class GateSettings(StageSettings):
         share: of the training queries kept for it.
         margin: by how much thinking must improve a query's own score, in nats, for the label 1; None: the margin that
             pays best on the training queries when a thought costs ``price``.
-        price: nDCG@10 that a thought must bring on average; read where ``margin`` is None.
+        price: nDCG@10 that a thought must bring on average; where ``margin`` is None it decides margin and threshold.
         hidden: widths of the hidden layers.
         temperature: of the scores.
         encode_batch_size: queries that are embedded together.

@@ -32,6 +32,7 @@ from twn_kernels.training.gate_labels import (
     gate_labels,
     ndcg,
     priced_margin,
+    priced_threshold,
     write_thoughts,
 )
 from twn_kernels.training.gate_report import GateReport, one_class, report_on
@@ -85,8 +86,9 @@ def train_gate(
     standardised while it learns; the returned tensors hold that in their first layer and read plain states.
 
     Args:
-        embedder: with trained adapters and queries; a gate that it has is replaced. ``gate_input``,
-            ``gate_activation`` and ``think_threshold`` of its configuration are the new gate's.
+        embedder: with trained adapters and queries; a gate that it has is replaced. ``gate_input`` and
+            ``gate_activation`` of its configuration are the new gate's, and so is ``think_threshold`` unless the price
+            of a thought decides it.
         examples: queries that joint training did not see.
         out: folder for what was collected (``labels.safetensors``), the labels to look at (``labels.jsonl``), states
             and the log.
@@ -137,20 +139,33 @@ def train_gate(
     warning = one_class(labels.labels[learned], margin, setting)
     if warning is not None:
         warnings.warn(warning, TWNWarning, stacklevel=2)
-    checkpoint = replace(embedder.checkpoint, gate=tensors, gate_file=None, config=_stating_the_gate(embedder.config))
+    config = _stating_the_gate(embedder.config)
+    if settings.margin is None:
+        scores = gate(None, (features - mean) / spread).detach()
+        threshold = priced_threshold(scores, *_qualities(collected, learned), settings.price)
+        config = replace(config, think_threshold=threshold)
+    checkpoint = replace(embedder.checkpoint, gate=tensors, gate_file=None, config=config)
     return GateResult(checkpoint, report_on(checkpoint, collected, labels.labels, learned, held, margin, warning))
 
 
 def _labelled(collected: Collected, settings: Any, learned: list[int]) -> tuple[GateLabels, float]:
     """Labels of all queries, and their margin: the one that is set, or that pays best on the queries learned from."""
-    vectors = (collected.plain, collected.thoughtful, collected.documents, collected.positives)
     if settings.margin is not None:
-        return gate_labels(*vectors, settings.temperature, settings.margin), settings.margin
-    scored = gate_labels(*vectors, settings.temperature, 0.0)
+        return gate_labels(*_vectors(collected), settings.temperature, settings.margin), settings.margin
+    scored = gate_labels(*_vectors(collected), settings.temperature, 0.0)
     gains = scored.thoughtful_scores - scored.plain_scores
-    qualities = [ndcg(of, *vectors[2:])[learned] for of in vectors[:2]]
-    margin = priced_margin(gains[learned], *qualities, settings.price)
+    margin = priced_margin(gains[learned], *_qualities(collected, learned), settings.price)
     return scored._replace(labels=gains > margin), margin
+
+
+def _vectors(collected: Collected) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return collected.plain, collected.thoughtful, collected.documents, collected.positives
+
+
+def _qualities(collected: Collected, places: list[int]) -> list[Tensor]:
+    """nDCG of the queries at these places, without and with their thoughts."""
+    *ways, documents, positives = _vectors(collected)
+    return [ndcg(way[places], documents, positives[places]) for way in ways]
 
 
 def _divided(count: int, seed: int) -> tuple[list[int], list[int]]:

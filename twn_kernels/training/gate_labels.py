@@ -38,6 +38,7 @@ __all__ = [
     "gate_labels",
     "ndcg",
     "priced_margin",
+    "priced_threshold",
     "write_thoughts",
 ]
 
@@ -156,6 +157,21 @@ def priced_margin(gains: Tensor, plain: Tensor, thoughtful: Tensor, price: float
         return 0.0
     best = saved[allowed].max()
     return ordered[allowed][saved[allowed] == best][-1].item()
+
+
+def priced_threshold(scores: Tensor, plain: Tensor, thoughtful: Tensor, price: float) -> float:
+    """The threshold of a gate's scores that pays best when a thought costs a price; arguments as above.
+
+    A thought that is missing costs far more than one too many, so that the best threshold is rarely a half. It lies
+    halfway between two scores; of equally good ones it is the highest.
+    """
+    ordered, places = scores.double().sort()
+    saved = (plain.double() - thoughtful.double() + price)[places].cumsum(0)
+    saved = torch.cat([saved.new_zeros(1), saved])
+    edges = torch.cat([ordered.new_zeros(1), (ordered[:-1] + ordered[1:]) / 2, ordered.new_ones(1)])
+    allowed = torch.ones(len(edges), dtype=torch.bool)
+    allowed[1:-1] = ordered[:-1] != ordered[1:]
+    return edges[allowed][saved[allowed] == saved[allowed].max()][-1].item()
 
 
 def ndcg(queries: Tensor, documents: Tensor, positives: Tensor, cutoff: int = 10) -> Tensor:
