@@ -170,17 +170,18 @@ def test_a_model_that_thinks_in_another_way_is_refused(untrained, tmp_path):
     shutil.copytree(untrained.twn, other.twn)
     path = other.twn / "twn_config.json"
     path.write_text(json.dumps({"graph": "reencode"}))
-    with pytest.raises(OptionError, match='model must have graph "shared_kv" .* got "reencode" and "reasoning".'):
+    with pytest.raises(OptionError, match='model must have graph "shared_kv" .* got "reencode".'):
         Setting.load(other, tmp_path / "numbers", 2, None)
     assert not (tmp_path / "numbers").exists()
 
 
-def test_the_naive_pipeline_embeds_as_ours_does(untrained, tmp_path):
+@pytest.mark.parametrize("prefill", ["reasoning", "embedding", None])
+def test_the_naive_pipeline_embeds_as_ours_does(prefill, untrained, tmp_path):
     """Rows that close early, late and never, texts and images, in one batch."""
     setting = Setting.load(untrained, tmp_path / "numbers", 6, None)
     embedder = setting.embedder
     inputs = [entry.input for entry in setting.split.queries]
-    embedder.config = dataclasses.replace(embedder.config, max_think_tokens=8)
+    embedder.config = dataclasses.replace(embedder.config, max_think_tokens=8, prefill_adapter=prefill)
     written = [detail.text for detail in embedder.encode(inputs, think="always", return_details=True)[1]]
     # What some of them write sooner or later ends a thought from now on.
     end = next(

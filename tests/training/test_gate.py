@@ -158,7 +158,13 @@ def test_without_a_margin_the_price_of_a_thought_decides(llama, tmp_path):
         warnings.simplefilter("ignore", TWNWarning)
         again = train_gate(llama, examples(), tmp_path / "b", settings(margin=margin))
         dear = train_gate(llama, examples(), tmp_path / "c", settings(margin=None, price=10.0))
-    assert again.report.margin == margin and equal(result, again)
+    assert again.report.margin == margin
+    gates = (made.checkpoint.gate for made in (result, again))
+    assert all(torch.equal(*pair) for pair in zip(*(gate.values() for gate in gates), strict=True))
+    # The threshold is the price's too, in place of the configuration's.
+    assert again.checkpoint.config.think_threshold == llama.config.think_threshold
+    assert result.report.threshold == result.checkpoint.config.think_threshold != llama.config.think_threshold
+    assert dear.report.threshold == 1.0
     learned = [gain for gain, row in zip(gains, rows, strict=True) if not row["held_out"]]
     assert dear.report.margin == pytest.approx(max(0.0, *learned)) and dear.report.train_rate == 0
     assert "lower gate.price" in dear.report.warning

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import pytrec_eval
 import torch
 from gate_examples import DOCUMENTS, QUERIES, examples, settings, slow_score, without_gate
 from pipeline_runs import ran
@@ -17,7 +18,7 @@ from twn_kernels.ops import pool_queries
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 from twn_kernels.training import gate_labels as labelling
 from twn_kernels.training.gate import train_gate
-from twn_kernels.training.gate_labels import collect, gate_labels, priced_margin, reciprocal_ranks
+from twn_kernels.training.gate_labels import collect, gate_labels, ndcg, priced_margin, priced_threshold
 
 
 @pytest.fixture
@@ -106,15 +107,37 @@ def test_the_margin_of_queries_that_thinking_never_helps_leaves_none_to_think():
         priced_margin(ranks, ranks, ranks, -1.0)
 
 
-def test_reciprocal_ranks_are_those_of_a_slow_recomputation(monkeypatch):
+@pytest.mark.parametrize(("documents", "cutoff"), [(7, 10), (40, 10), (40, 3)])
+def test_ndcg_is_the_evaluations(documents, cutoff, monkeypatch):
+    """The same as trec_eval's of the same vectors; rows are cut, the last piece short."""
     monkeypatch.setattr(labelling, "_ROWS", 3)
-    queries, documents, positives = unit(10, 4), unit(7, 4), torch.rand(10, 7) < 0.4
-    positives[torch.arange(10), torch.randint(7, (10,))] = True
-    found = reciprocal_ranks(queries, documents, positives)
-    for row in range(10):
-        order = (queries[row].double() @ documents.double().T).argsort(descending=True).tolist()
-        first = next(rank for rank, place in enumerate(order, start=1) if positives[row, place])
-        assert found[row].item() == 1 / first
+    queries, found, positives = unit(10, 4), unit(documents, 4), torch.rand(10, documents) < 0.4
+    positives[torch.arange(10), torch.randint(documents, (10,))] = True
+    qrels = {f"q{i}": {f"d{j}": 1 for j in range(documents) if positives[i, j]} for i in range(10)}
+    run = {
+        f"q{i}": {f"d{j}": float(queries[i].double() @ found[j].double()) for j in range(documents)} for i in range(10)
+    }
+    name = f"ndcg_cut.{cutoff}"
+    told = pytrec_eval.RelevanceEvaluator(qrels, {name}).evaluate(run)
+    for row, value in enumerate(ndcg(queries, found, positives, cutoff).tolist()):
+        assert value == pytest.approx(told[f"q{row}"][f"ndcg_cut_{cutoff}"], abs=1e-9)
+
+
+@pytest.mark.parametrize("price", [0.0, 0.05, 0.4, 2.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_threshold_pays_best_of_all(seed, price):
+    draw = torch.Generator().manual_seed(seed)
+    scores = (torch.rand(50, generator=draw) * 11).round() / 12  # with ties
+    plain, thoughtful = torch.rand(2, 50, generator=draw, dtype=torch.float64)
+    found = priced_threshold(scores, plain, thoughtful, price)
+
+    def paid(threshold: float) -> float:
+        thinks = scores.double() >= threshold
+        return float((torch.where(thinks, thoughtful - price, plain)).sum())
+
+    others = [place / 24 for place in range(25)]
+    assert 0 <= found <= 1 and paid(found) >= max(map(paid, others)) - 1e-9
+    assert price < 2 or found == 1.0
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def _thinking(setting: Setting, model: torch.nn.Module, ours: str, say: Callable
     )
     timings = compare(
         {
-            "PEFT: set_adapter, generate, set_adapter": lambda: naive.always(inputs),
+            "PEFT: set_adapter, write, set_adapter": lambda: naive.always(inputs),
             f"{ours}: encode(think='always')": lambda: embedder.encode(inputs, think="always", batch_size=len(inputs)),
         },
         rounds=_THINKING_ROUNDS,

@@ -1,7 +1,7 @@
-"""The method as it reads with PEFT and transformers alone: ``set_adapter``, ``generate``, ``set_adapter``, queries.
+"""The method as it reads with PEFT and transformers alone: ``set_adapter``, write, ``set_adapter``, queries.
 
 What the package is compared with. Always thinks; needs no gate for it. Knows one execution graph: one cache, which
-``reasoning`` fills with prompt and thought and which the queries read under ``embedding``.
+the prompt's adapter and ``reasoning`` fill with prompt and thought and which the queries read under ``embedding``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from twn_kernels.ops import pool_queries
 from twn_kernels.pipeline import TWNEmbedder
-from twn_kernels.pipeline.backbone import Backbone, roll_back
+from twn_kernels.pipeline.backbone import Backbone, Prompt, roll_back
+from twn_kernels.pipeline.loading import end_of_sequence
 from twn_kernels.settings import EMBEDDING, REASONING
 
 __all__ = ["NaivePipeline", "NaiveResult"]
+
+_TAIL = 16  # tokens in which a text that closes a thought must lie
 
 
 class NaiveResult(NamedTuple):
@@ -24,6 +27,14 @@ class NaiveResult(NamedTuple):
 
     vectors: Tensor
     tokens: list[int]
+
+
+class _Written(NamedTuple):
+    """Token ids of each row up to its end, whether it closed its thought, and the steps that all rows took."""
+
+    ids: list[list[int]]
+    closed: list[bool]
+    steps: int
 
 
 class NaivePipeline:
@@ -39,48 +50,68 @@ class NaivePipeline:
         self.backbone = Backbone(model)
         self.queries = embedder.checkpoint.queries.to(self.backbone.device, self.backbone.dtype)
         self.opening = self.processor.token_ids(self.config.think_prompt)
+        self.last = end_of_sequence(embedder.model, self.processor)
 
     @torch.no_grad()
     def always(self, inputs: list) -> NaiveResult:
         """Embed inputs, each with a thought; the plain vector where the thought is not closed."""
         batch = self.processor.batch([self.processor.parse(value, place) for place, value in enumerate(inputs)])
-        prompt = self.backbone.prompt(batch.tensors)
-        rows = range(len(inputs))
-        self.model.set_adapter(REASONING)
-        ids, cache = self._generate(batch.extended(rows, [self.opening for _ in rows]).tensors)
-        lengths, closed = self._ends(ids)
-        written = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        prompt, cache = self.backbone.prompt(batch.tensors), self.backbone.new_cache()
+        self._activate(self.config.prefill_adapter)
+        hidden = self.backbone.read(prompt, None, cache)
+        self._activate(REASONING)
+        written = self._write(prompt, hidden, cache)
+        lengths = torch.tensor([len(ids) for ids in written.ids], device=hidden.device)
+        steps = torch.arange(written.steps, device=hidden.device) < lengths[:, None]
         opened = prompt.mask.new_ones(len(inputs), len(self.opening))
-        mask = torch.cat([prompt.mask, opened, written.to(prompt.mask)], dim=1)
-        first = prompt.next_position + len(self.opening)
-        # generate writes its last token and does not read it.
-        self.backbone.continue_(self.backbone.embeddings(ids[:, -1:]), mask, first + ids.shape[1] - 1, cache)
-        self.model.set_adapter(EMBEDDING)
-        thoughtful = self._read_queries(mask, first + lengths, cache)
-        roll_back(cache, len(self.opening) + ids.shape[1] + len(self.queries))
+        mask = torch.cat([prompt.mask, opened, steps.to(prompt.mask)], dim=1)
+        self._activate(EMBEDDING)
+        thoughtful = self._read_queries(mask, prompt.next_position + len(self.opening) + lengths, cache)
+        roll_back(cache, len(self.opening) + written.steps + len(self.queries))
         plain = self._read_queries(prompt.mask, prompt.next_position, cache)
+        closed = torch.tensor(written.closed, device=hidden.device)
         states = torch.where(closed[:, None, None], thoughtful, plain)
         return NaiveResult(pool_queries(states, pooling=self.config.pooling), lengths.tolist())
 
-    def _generate(self, tensors: dict) -> tuple[Tensor, object]:
-        """Token ids ``[inputs, steps]``, and a cache that lacks the last of them."""
-        tensors = {name: value.to(self.backbone.device) for name, value in tensors.items()}
-        found = self.model.generate(
-            **tensors,
-            do_sample=False,
-            max_new_tokens=self.config.max_think_tokens,
-            stop_strings=list(self.config.think_end),
-            tokenizer=self.processor.tokenizer,
-            return_dict_in_generate=True,
-        )
-        return found.sequences[:, tensors["input_ids"].shape[1] :], found.past_key_values
+    def _activate(self, adapter: str | None) -> None:
+        tuner = self.model.base_model
+        if adapter is None:
+            tuner.disable_adapter_layers()
+        else:
+            tuner.enable_adapter_layers()
+            self.model.set_adapter(adapter)
 
-    def _ends(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """How many tokens each row wrote, and whether it closed its thought: int64 and bool ``[inputs]``."""
-        lengths = (ids != self.processor.tokenizer.pad_token_id).sum(1)
-        texts = [self.processor.raw_text_of(row[:count]) for row, count in zip(ids.tolist(), lengths, strict=True)]
-        closed = [any(end in text for end in self.config.think_end) for text in texts]
-        return lengths, torch.tensor(closed, device=ids.device)
+    def _write(self, prompt: Prompt, hidden: Tensor, cache) -> _Written:
+        """Greedily, all rows together until the last has ended; the cache then holds every step of every row."""
+        rows, backbone = len(prompt.ids), self.backbone
+        mask, position = prompt.mask, prompt.next_position
+
+        def read(ids: Tensor) -> Tensor:
+            nonlocal mask, position
+            mask = torch.cat([mask, mask.new_ones(ids.shape)], dim=1)
+            found = backbone.continue_(backbone.embeddings(ids), mask, position, cache)
+            position = position + ids.shape[1]
+            return found
+
+        if self.opening:
+            hidden = read(prompt.ids.new_tensor([self.opening] * rows))
+        written = _Written([[] for _ in range(rows)], [False] * rows, 0)
+        going = set(range(rows))
+        while going and written.steps < self.config.max_think_tokens:
+            chosen = backbone.logits(hidden[:, -1]).argmax(dim=-1)
+            tokens = chosen.tolist()
+            for row in sorted(going):
+                written.ids[row].append(tokens[row])
+                written.closed[row] = self._closes(written.ids[row])
+                if written.closed[row] or tokens[row] in self.last:
+                    going.discard(row)
+            hidden = read(chosen[:, None])
+            written = written._replace(steps=written.steps + 1)
+        return written
+
+    def _closes(self, ids: list[int]) -> bool:
+        tail = self.processor.raw_text_of(ids[-_TAIL:])
+        return any(ids[-1] == end if isinstance(end, int) else end in tail for end in self.config.think_end)
 
     def _read_queries(self, mask: Tensor, first: Tensor, cache) -> Tensor:
         queries = self.queries.expand(len(mask), -1, -1)

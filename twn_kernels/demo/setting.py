@@ -57,10 +57,10 @@ class Setting:
 
         embedder = TWNEmbedder.from_pretrained(model.base, model.twn, dtype="float32", device=device())
         config = embedder.config
-        if (config.graph, config.prefill_adapter) != ("shared_kv", REASONING):
+        if config.graph != "shared_kv":
             raise OptionError(
-                f'model must have graph "shared_kv" and prefill_adapter "{REASONING}" in its twn_config.json, which '
-                f'the demo compares with PEFT; got "{config.graph}" and "{config.prefill_adapter}".'
+                'model must have graph "shared_kv" in its twn_config.json, which the demo compares with PEFT; got '
+                f'"{config.graph}".'
             )
         make_number_task(folder, queries=queries, train_queries=1)
         told = {"model": str(model.base), "checkpoint": str(model.twn)} if names is None else names
