@@ -15,7 +15,6 @@ from twn_kernels.training.model_card import model_card
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "twn_kernels" / "shipped" / "numbers" / "results"
-BASELINES = {"one adapter for both jobs": "one-adapter.json", "interface not detached": "not-detached.json"}
 SPLITS = {"test", "ood_pairs", "ood_compositions", "ood_chains", "ood_images"}
 MODES = ("never", "always", "auto")
 
@@ -23,11 +22,6 @@ MODES = ("never", "always", "auto")
 @pytest.fixture(scope="module")
 def result() -> dict:
     return load_result(RESULTS / "shipped.json")
-
-
-@pytest.fixture(scope="module")
-def baselines() -> dict[str, dict]:
-    return {name: load_result(RESULTS / file) for name, file in BASELINES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +55,8 @@ def test_every_split_out_of_distribution_is_there(result):
     assert SPLITS == set(result["splits"])
 
 
-def test_baselines_answered_the_same_queries(result, baselines):
-    for name, other in baselines.items():
-        assert other["data"]["splits"] == result["data"]["splits"], name
-        assert other["options"] == result["options"] and other["metric"] == result["metric"], name
-        assert "--shipped" not in other["command"], name
-
-
-def test_model_and_results_come_from_commits_and_not_from_changed_trees(run, result, baselines):
-    for told in (*run["commands"], result, *baselines.values()):
+def test_model_and_results_come_from_commits_and_not_from_changed_trees(run, result):
+    for told in (*run["commands"], result):
         assert re.fullmatch("[0-9a-f]{40}", told["commit"]) and told["dirty"] is False, told["command"]
     assert all(stage["done"] for stage in run["stages"].values()) and set(run["stages"]) == {
         *("base", "joint", "policy", "gate")
@@ -81,8 +68,8 @@ def test_the_model_was_not_trained_on_the_seed_that_tests_it(run, result):
     assert result["data"]["name"] == "numbers-seed-1" and run["config"]["seed"] == 0
 
 
-def test_the_card_is_made_of_the_run_and_the_results_alone(run, result, baselines):
-    assert shipped.number_model().card.read_text(encoding="utf-8") == model_card(run, result, baselines)
+def test_the_card_is_made_of_the_run_and_the_result_alone(run, result):
+    assert shipped.number_model().card.read_text(encoding="utf-8") == model_card(run, result)
 
 
 def test_the_card_and_the_readme_quote_the_result(result):
@@ -98,10 +85,3 @@ def test_the_card_and_the_readme_quote_the_result(result):
         assert [cell.strip() for cell in row[1].split("|")] == [*values, f"{auto['think_rate']:.0%}", f"{share:.0%}"]
     found = result["splits"]["test"]["differences"]["auto_minus_always"]
     assert f"{found['mean']:+.3f}, 95 % interval {found['low']:+.3f} to {found['high']:+.3f}" in readme
-
-
-def test_the_readme_quotes_the_baselines(baselines):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, other in baselines.items():
-        values = [other["splits"]["test"]["modes"][mode][other["metric"]] for mode in MODES]
-        assert f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |" in readme, name
