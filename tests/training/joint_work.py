@@ -41,7 +41,7 @@ def settings(**changes) -> SimpleNamespace:
         "thought_weight": 0.5,
         "plain_weight": 1.0,
         "thoughtful_weight": 2.0,
-        "plain_truncation": 0.3,
+        "plain_truncation": 0.0,
     }
     return SimpleNamespace(**(values | changes))
 

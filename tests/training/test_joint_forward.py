@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from pipeline_runs import rows_of
 
+from twn_kernels import TWNEmbedder, load_checkpoint
 from twn_kernels.testing.oracle import assert_as_good_as_torch
 from twn_kernels.testing.tiny_models import FAMILIES
 from twn_kernels.training.joint_forward import Roles
@@ -108,13 +111,15 @@ def test_a_thought_that_nothing_opens_is_still_reasonings_alone(prefill, embedde
 
 
 @pytest.mark.parametrize("prefill", ["reasoning", "embedding", None])
-def test_one_adapter_for_both_jobs_is_trained_as_it_will_run(prefill, embedder_of, trainee_of, inputs_of):
+def test_one_adapter_for_both_jobs_is_trained_as_it_will_run(prefill, directories, trainee_of, inputs_of):
     """Saved under both names; a prompt that runs under no adapter is trained under none."""
-    embedder = embedder_of("llama", graph="shared_kv", prefill_adapter=prefill)
-    parameters = dict(embedder.model.named_parameters())
-    for name, parameter in parameters.items():
-        if ".embedding" in name:
-            parameter.data.copy_(parameters[name.replace(".embedding", ".reasoning")].data)
+    base, twn = directories("llama")
+    checkpoint = load_checkpoint(twn)
+    reasoning = checkpoint.adapters["reasoning"]
+    both = {"reasoning": reasoning, "embedding": dataclasses.replace(reasoning, name="embedding")}
+    config = dataclasses.replace(checkpoint.config, graph="shared_kv", prefill_adapter=prefill)
+    one = dataclasses.replace(checkpoint, adapters=both, config=config)
+    embedder = TWNEmbedder.from_pretrained(base, one, device="cpu")
     inputs = inputs_of("llama")
     expected = embedder.encode(inputs, think="never", convert_to_tensor=True)
     trainee = trainee_of(embedder, Roles("reasoning", "reasoning"))

@@ -94,7 +94,10 @@ def test_a_backbone_of_another_run_is_told_with_its_commands(run, evaluation):
     assert card.index("| `base` |") < card.index("| `joint` |") and "In all 30 minutes" in card
     first, second = card.index("--out first --until base"), card.index("--out out/numbers")
     assert (
-        card.index("The backbone is of a run of its own:") < first < card.index("Adapters, queries and gate:") < second
+        card.index("The backbone is of a run of its own:")
+        < first
+        < card.index("Adapters, queries and gate:\n\n```")
+        < second
     )
 
 
