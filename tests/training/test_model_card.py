@@ -61,7 +61,7 @@ def test_every_number_is_the_runs_or_the_evaluations(run, evaluation):
     assert "| `test` | thoughtful | " in card and "| 0.063 |" in card and "| 0.732 |" in card
     assert "| `test` | +0.417 [+0.305, +0.529] better | -0.010 [-0.030, +0.010] not shown |" in card
     assert "- `ood_pairs`: operand pairs that training never shows" in card
-    assert "In all 30 minutes, seed 7; the same commands with the same seed train it again" in card
+    assert "In all 30 minutes, seed 7; the same commands train it again at the commits below" in card
     assert "Everything:\n\n```bash\n" in card and "of a run of its own" not in card
     assert "```bash\ntwn-kernels train numbers --out out/numbers\n```\n" in card
     ran = "a CPU (x86_64) with 2 threads; torch 2.13.0, transformers 5.17.0; commit `0123456789ab`"

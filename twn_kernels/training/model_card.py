@@ -135,8 +135,8 @@ def _training(run: Mapping[str, Any]) -> str:
     total = sum(stage["seconds"] for part in runs for stage in part["stages"].values())
     parts = [
         f"## Training\n\n{_table(('stage', 'what learns', 'steps x batch', 'minutes'), rows)}",
-        f"In all {total / 60:.0f} minutes, seed {run['config']['seed']}; the same commands with the same seed train it "
-        "again (bits may differ from\nmachine to machine).",
+        f"In all {total / 60:.0f} minutes, seed {run['config']['seed']}; the same commands train it again at the "
+        "commits below (bits may\ndiffer from machine to machine).",
     ]
     if taught is not None:
         parts.append(f"The backbone is of a run of its own:\n\n{_commands(taught['commands'])}")

@@ -149,7 +149,7 @@ class PolicyTrainer(StageTrainer):
         super().__init__(trainee, out, settings, repeated, lambda batch: {"batch": collate(batch)}, seed=seed, say=say)
 
     def step(self, model: Trainee, batch: dict[str, PolicyBatch]) -> dict[str, Tensor]:
-        """One update; thoughts are new in the first of ``inner_steps``, and where a run goes on between two of them."""
+        """One update; thoughts are new in the first of ``inner_steps``."""
         if self._round is None or self.state.global_step % self.inner_steps == 0:
             self._round = self._sampled(model, batch["batch"])
         current, settings = self._round, self.settings
@@ -168,7 +168,7 @@ class PolicyTrainer(StageTrainer):
             total, divergence = total + loss.detach(), divergence + kl.detach().sum() / current.tokens
         return {"loss": total, "kl": divergence} | current.scalars
 
-    def _ends_here(self, step: int) -> bool:
+    def _can_go_on_after(self, step: int) -> bool:
         return step % self.inner_steps == 0  # the thoughts that the next update reads are not in a state
 
     def rewards(self, outcome: Outcome) -> Tensor:

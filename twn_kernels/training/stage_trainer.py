@@ -167,7 +167,7 @@ class StageTrainer(Trainer):
         """Keep the state before this step, and say where."""
         step = self.state.global_step
         folder, finite = self.out / f"checkpoint-{step}", self._learned_is_finite()
-        if finite and (folder.exists() or self._ends_here(step)):
+        if finite and (folder.exists() or self._can_go_on_after(step)):
             if not folder.exists():
                 undraw(self._drawn)
                 self._write_state()  # beside the states that are there: this one may be no better than the loss
@@ -179,7 +179,7 @@ class StageTrainer(Trainer):
     def _learned_is_finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad)
 
-    def _ends_here(self, step: int) -> bool:
+    def _can_go_on_after(self, step: int) -> bool:
         """Whether a run can go on from after this step with the same bits."""
         return True
 
