@@ -1,8 +1,8 @@
 """Images of numbers from real handwritten digits (scikit-learn's ``load_digits``), whole or degraded.
 
-Owns the pools of digit samples and how they become a picture. Two pools never share a sample: the first two thirds of
-the data set are training's, the last third testing's, and in each every third sample of a digit is for documents and
-the rest for queries, so that a query never shows the very strokes that it looks for.
+Owns the pools of digit samples and how they become a picture. Two pools never share a sample: the first half of the
+data set is training's, the next sixth the gate's, the last third testing's, and in each every third sample of a digit is
+for documents and the rest for queries, so that a query never shows the very strokes that it looks for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["DigitPools", "SIZE", "drawn", "load_pools", "write_png"]
 
 SIZE = 64  # pixels a side: four of the 32-pixel patches that Qwen3-VL reads, one about a digit wide
 _DIGIT = 30
-_TRAIN_SHARE = 2 / 3
+_PARTS = {"train": (0, 3), "gate": (3, 4), "test": (4, 6)}  # in sixths of the data set
 
 
 class DigitPools(NamedTuple):
@@ -28,8 +28,8 @@ class DigitPools(NamedTuple):
 
     Attributes:
         images: uint8 ``[samples, 8, 8]``, dark on light.
-        places: ``(part, role)``, of ``"train"``, ``"test"`` and ``"document"``, ``"query"``, to the places in
-            ``images`` of each digit 0 to 9.
+        places: ``(part, role)``, of ``"train"``, ``"gate"``, ``"test"`` and ``"document"``, ``"query"``, to the places
+            in ``images`` of each digit 0 to 9.
     """
 
     images: np.ndarray
@@ -52,9 +52,9 @@ def load_pools() -> DigitPools:
         ) from error
     data = load_digits()
     images = (255 - data.images * (255 / 16)).round().astype("uint8")
-    border = round(len(images) * _TRAIN_SHARE)
     places = {}
-    for part, low, high in (("train", 0, border), ("test", border, len(images))):
+    for part, borders in _PARTS.items():
+        low, high = (round(len(images) * border / 6) for border in borders)
         by_digit = [[place for place in range(low, high) if data.target[place] == digit] for digit in range(10)]
         places[part, "document"] = [of[::3] for of in by_digit]
         places[part, "query"] = [[place for index, place in enumerate(of) if index % 3] for of in by_digit]

@@ -28,15 +28,15 @@ UNSEEN_COMPOSITIONS = frozenset(
 )
 _HELD_OUT_SHARE = 0.2  # of operand pairs, by operation
 _TWO_STEPS_SHARE = 0.4  # of thoughtful queries in training and test
-_TRAIN_TIMES = 10  # queries of training for one of each other split
+_TRAIN_TIMES, _GATE_TIMES = 10, 2  # queries of training and of the gate for one of each other split
 
 
 class SplitPlan(NamedTuple):
     """How the queries of a split are made.
 
     Attributes:
-        images: whose hands: ``"train"`` or ``"test"``.
-        corpus: which documents: ``"train"``, ``"test"`` or ``"ood_images"``.
+        images: whose hands: ``"train"``, ``"gate"`` or ``"test"``.
+        corpus: which documents: ``"train"``, ``"gate"``, ``"test"`` or ``"ood_images"``.
         unseen_words: phrasings that training never uses.
         steps: numbers of operations of thoughtful queries, one of which is drawn; the first of two is the likelier.
         held: what of its operations training never shows: ``"pairs"``, ``"compositions"`` or nothing.
@@ -53,6 +53,9 @@ class SplitPlan(NamedTuple):
 
 SPLITS = {
     "train": SplitPlan("train", "train", False, (1, 2), None, "what a model may learn from"),
+    "gate": SplitPlan(
+        "gate", "gate", False, (1, 2), None, "what a gate may learn from: as training, in hands that no training shows"
+    ),
     "test": SplitPlan("test", "test", True, (1, 2), None, "unseen images and unseen phrasing; operands as in training"),
     "ood_pairs": SplitPlan("test", "test", False, (1,), "pairs", "operand pairs that training never shows"),
     "ood_compositions": SplitPlan(
@@ -66,14 +69,21 @@ SPLITS = {
 
 
 def make_number_task(
-    folder: str | Path, *, queries: int = 200, train_queries: int | None = None, copies: int = 2, seed: int = 0
+    folder: str | Path,
+    *,
+    queries: int = 200,
+    train_queries: int | None = None,
+    gate_queries: int | None = None,
+    copies: int = 2,
+    seed: int = 0,
 ) -> Path:
     """Write the task as a data folder, with a README that describes it.
 
     Args:
         folder: must be empty or not exist.
-        queries: of each split but training; half of them simple, half thoughtful.
-        train_queries: of training; None: ten times as many.
+        queries: of each split but ``train`` and ``gate``; half of them simple, half thoughtful.
+        train_queries: of ``train``; None: ten times as many.
+        gate_queries: of ``gate``; None: twice as many.
         copies: images of each number among the documents; all of them are positives.
         seed: of everything that is drawn; the same seed gives the same bytes (with one version of Pillow).
 
@@ -85,8 +95,11 @@ def make_number_task(
         DataError: the folder holds files.
         MissingDependency: scikit-learn or Pillow is not installed.
     """
-    train_queries = _TRAIN_TIMES * queries if train_queries is None else train_queries
-    for name, value in (("queries", queries), ("train_queries", train_queries), ("copies", copies)):
+    counts = dict.fromkeys(SPLITS, queries)
+    counts["train"] = _TRAIN_TIMES * queries if train_queries is None else train_queries
+    counts["gate"] = _GATE_TIMES * queries if gate_queries is None else gate_queries
+    asked_for = {"queries": queries, "train_queries": counts["train"], "gate_queries": counts["gate"], "copies": copies}
+    for name, value in asked_for.items():
         if value < 1:
             raise OptionError(f"{name} must be a whole number of at least 1, got {value!r}.")
     folder = Path(folder)
@@ -94,16 +107,15 @@ def make_number_task(
         raise DataError(f'"{folder}" exists and is not an empty folder. Name another one.')
     pools = load_pools()
     writer = _Writer(folder, pools, copies, seed)
-    documents = {name: writer.documents(name) for name in ("train", "test", "ood_images")}
+    documents = {name: writer.documents(name) for name in ("train", "gate", "test", "ood_images")}
     asked, qrels = [], {}
     for name, plan in SPLITS.items():
-        own = list(writer.queries(name, plan, train_queries if name == "train" else queries))
+        own = list(writer.queries(name, plan, counts[name]))
         positives = _positives(documents[plan.corpus])
         qrels[name] = {entry.id: dict.fromkeys(positives[entry.metadata["number"]], 1) for entry in own}
         asked += own
-    candidates = {name: documents[name] for name in ("train", "ood_images")}
+    candidates = {name: of for name, of in documents.items() if name != "test"}
     write_dataset(folder, documents["test"], asked, qrels, candidates=candidates)
-    counts = {name: len(of) for name, of in qrels.items()}
     (folder / "README.md").write_text(_readme(counts, copies, seed), encoding="utf-8", newline="\n")
     return folder
 
@@ -151,7 +163,7 @@ class _Writer:
 
     def documents(self, name: str) -> list[Entry]:
         choose = random.Random(f"number task {self.seed}: documents of {name}")
-        part = "train" if name == "train" else "test"
+        part = SPLITS[name].images
         found = []
         for number in range(100):
             for copy in range(self.copies):
@@ -161,14 +173,15 @@ class _Writer:
         return found
 
     def _image(self, name: str, number: int, pool: tuple[str, str], choose: random.Random, split: str):
-        pixels, samples = drawn(number, self.pools, pool, choose, degraded=split == "ood_images")
+        ways = {"degraded": split == "ood_images", "varied": split == "train"}
+        pixels, samples = drawn(number, self.pools, pool, choose, **ways)
         path = self.folder / "images" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_png(pixels, path)
         return str(path), samples
 
     def queries(self, split: str, plan: SplitPlan, count: int) -> Iterator[Entry]:
-        """Half of them simple. Outside of training the texts of each half differ while there are enough; there, the 200
+        """Half of them simple. In test splits the texts of each half differ while there are enough; to learn from, the
         simple ones in words repeat, or they would be next to none among thousands."""
         choose = random.Random(f"number task {self.seed}: queries of {split}")
         taken: set[str] = set()
@@ -179,7 +192,7 @@ class _Writer:
                 start = steps[0].before if steps else int(choose.random() * 100)
                 modality = _pick(choose, ("text", "both") if steps else ("text", "image", "both"))
                 text = self._text(start, steps, modality, plan, choose)
-                if split == "train" or modality != "text" or text not in taken:
+                if plan.images != "test" or modality != "text" or text not in taken:
                     break
             taken.add(text)
             yield self._query(f"{split}-{index:05d}", split, plan, kind, start, steps, modality, text, choose)
@@ -251,8 +264,8 @@ same bytes.
 {rows}
 
 Documents: {copies} images of each number from 0 to 99 (`corpus.jsonl`: testing hands; `corpus/train.jsonl`: training
-hands; `corpus/ood_images.jsonl`: testing hands, degraded). A split with no file of its own in `corpus/` ranks
-`corpus.jsonl`. Every image of the right number is a positive.
+hands; `corpus/gate.jsonl`: the gate's; `corpus/ood_images.jsonl`: testing hands, degraded). A split with no file of its
+own in `corpus/` ranks `corpus.jsonl`. Every image of the right number is a positive.
 
 Queries (`queries.jsonl`): half of each split is simple (the number in words, as an image, or both), half thoughtful
 (arithmetic in words, or an image of the first operand with the rest in words). Chains are worked out from left to
@@ -267,11 +280,11 @@ right. `metadata` holds:
 | `operations`, `operands` | names of the steps; value before each and its second operand (0: none) |
 | `samples` | which samples of scikit-learn's `load_digits` the image shows, left to right |
 
-Samples of training are the first two thirds of that data set, samples of testing the last third; in each, documents and
-queries share none. Held out from training, whatever the seed: a fifth of the operand pairs of each operation
-(`ood_pairs`), five of the 25 ways to follow one operation by another (`ood_compositions`), and a second or third
-wording of each operation and of the number itself (`test`, `ood_images`, and simple queries of every split but
-training).
+Samples of `train` are the first half of that data set, slanted and stretched a little; those of `gate` are the next
+sixth, so that a gate learns how a model does in hands that it was not taught on; those of the other splits are the last
+third. In each, documents and queries share none. Held out from training, whatever the seed: a fifth of the operand pairs of each operation
+(`ood_pairs`), five of the 25 ways to follow one operation by another (`ood_compositions`), and wordings of each
+operation and of the number itself (`test`, `ood_images`, and simple queries of every split but `train` and `gate`).
 
 Digits: Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; UCI), 8 x 8 pixels, enlarged here.
 """

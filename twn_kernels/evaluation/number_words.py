@@ -27,8 +27,16 @@ _FIRST = {
 # Beside an image, words alone may carry the operation: an image of 6 with "times seven".
 _BESIDE_IMAGE = {"times": "times {n}", "plus": "plus {n}", "minus": "minus {n}", "half": "halved", "double": "doubled"}
 _NEXT = {"times": "times {n}", "plus": "plus {n}", "minus": "minus {n}", "half": "halved", "double": "doubled"}
-_NUMBER = (("{x}", "the number {x}"), ("a handwritten {x}", "the digits of {x}"))
-_SAME = (("this number", "the same number"), ("another hand writing this",))
+# A plain vector cannot fall back on the backbone's own knowledge of words as a thought can, so that it needs several to
+# learn from before it takes a new one for the same.
+_NUMBER = (
+    ("{x}", "the number {x}", "a picture of {x}", "{x} in digits"),
+    ("a handwritten {x}", "the digits of {x}"),
+)
+_SAME = (
+    ("this number", "the same number", "the number shown here", "another picture of this number", "what this says"),
+    ("another hand writing this",),
+)
 
 OPERATIONS = tuple(_FIRST)
 BINARY = ("times", "plus", "minus")
@@ -87,7 +95,7 @@ def phrases(steps: Sequence[Step], *, by_image: bool, unseen: bool) -> list[str]
     wordings = list(_FIRST[first.operation][unseen])
     x = "this number" if by_image else worded(first.before)
     if by_image and not unseen:
-        wordings = [_BESIDE_IMAGE[first.operation]]
+        wordings.append(_BESIDE_IMAGE[first.operation])
     tail = "".join(f", then {_NEXT[step.operation].format(n=worded(step.operand))}" for step in rest)
     return [wording.format(x=x, n=worded(first.operand)) + tail for wording in wordings]
 
