@@ -156,15 +156,42 @@ def test_no_split_shares_a_digit_an_image_or_a_worded_query_with_training(splits
     alone = [
         {entry.text for entry in split.queries if entry.metadata["modality"] == "text"} for split in (train, other)
     ]
-    assert alone[0] and alone[1] and not alone[0] & alone[1]
+    if name != "gate":  # which is asked in training's words
+        assert alone[0] and alone[1] and not alone[0] & alone[1]
 
 
-def test_simple_words_repeat_in_training_alone(tmp_path):
-    """Two hundred texts are all that there are: without repetition a large training split has next to none of them."""
-    folder = make_number_task(tmp_path / "many", queries=60, train_queries=1500, copies=1)
-    train, test = simple_of(folder, "train"), simple_of(folder, "test")
-    assert len(set(train)) < len(train) and 0.28 < len(train) / 750 < 0.38
+def test_nothing_of_the_gates_hands_is_in_a_test(splits):
+    """Both come from beyond training; a gate that had seen the test's hands would be calibrated to them."""
+    own = samples_of([*splits["gate"].queries, *splits["gate"].documents])
+    for name in OUT:
+        if name != "gate":
+            assert own and not own & samples_of([*splits[name].queries, *splits[name].documents]), name
+
+
+def test_simple_words_repeat_only_where_they_are_learned_from(tmp_path):
+    """Four hundred texts are all that there are: without repetition a large split has next to none of them."""
+    folder = make_number_task(tmp_path / "many", queries=60, train_queries=1500, gate_queries=1500, copies=1)
+    for split in ("train", "gate"):
+        texts = simple_of(folder, split)
+        assert len(set(texts)) < len(texts) and 0.28 < len(texts) / 750 < 0.38
+    test = simple_of(folder, "test")
     assert len(set(test)) == len(test) > 0
+
+
+def test_images_are_varied_in_training_alone(tmp_path):
+    """A digit of which there is one picture in a split shows the same pixels wherever its sample comes again."""
+    import numpy as np
+    from PIL import Image
+
+    folder = make_number_task(tmp_path / "many", queries=1, train_queries=1, gate_queries=1, copies=20)
+    for name, varied in (("train", True), ("gate", False), ("test", False)):
+        own = [entry for entry in read_split(folder, name).documents if entry.metadata["number"] == 7]
+        shown: dict[int, set[int]] = {}
+        for entry in own:
+            pixels = np.asarray(Image.open(entry.image).convert("L"))
+            shown.setdefault(entry.metadata["samples"][0], set()).add(int(pixels.astype(int).sum()))
+        repeated = [sums for sums in shown.values() if len(own) > len(shown)]
+        assert repeated and any(len(sums) > 1 for sums in repeated) == varied, name
 
 
 def simple_of(folder: Path, split: str) -> list[str]:
@@ -208,8 +235,8 @@ def test_each_split_holds_out_what_it_says(splits):
             names = [step.operation for step in steps]
             unseen = set(zip(names, names[1:], strict=False)) & UNSEEN_COMPOSITIONS
             assert bool(unseen) == (name == "ood_compositions"), name
-        lengths = {"train": {1, 2}, "test": {1, 2}, "ood_images": {1, 2}, "ood_pairs": {1}, "ood_compositions": {2}}
-        assert {len(steps) for steps in chains} == lengths.get(name, {3, 4}), name
+        lengths = {"ood_pairs": {1}, "ood_compositions": {2}, "ood_chains": {3, 4}}
+        assert {len(steps) for steps in chains} == lengths.get(name, {1, 2}), name
 
 
 def test_held_out_pairs_are_a_share_of_every_operation():
@@ -249,7 +276,7 @@ def test_the_folder_is_described_and_whole(numbers):
     assert split_names(numbers) == sorted(SPLITS)
     described = (numbers / "README.md").read_text()
     for name, plan in SPLITS.items():
-        count = 60 if name == "train" else 24
+        count = {"train": 60, "gate": 48}.get(name, 24)
         assert f"| `{name}` | {count} | {plan.says} |" in described
     line = json.loads((numbers / "queries.jsonl").read_text().splitlines()[0])
     assert all(f"`{field}`" in described for field in line["metadata"])
@@ -261,6 +288,8 @@ def test_a_folder_that_is_taken_and_counts_that_are_none(tmp_path):
         make_number_task(tmp_path)
     with pytest.raises(OptionError, match="queries must be a whole number of at least 1, got 0."):
         make_number_task(tmp_path / "new", queries=0)
+    with pytest.raises(OptionError, match="gate_queries must be a whole number of at least 1, got 0."):
+        make_number_task(tmp_path / "new", gate_queries=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

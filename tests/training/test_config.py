@@ -18,7 +18,7 @@ def test_the_shipped_configuration_is_read_whole():
     assert config.base.path is None and config.data.folder is None
     assert config.method.graph == "shared_kv" and config.method.prefill_adapter == "reasoning"
     assert config.joint.adapters == "two" and config.joint.detach
-    assert config.gate.margin is None and config.gate.price > 0
+    assert config.gate.margin is None and config.gate.price > 0 and config.gate.split == "gate"
     assert parse_config(config.as_dict()) == config
 
 
@@ -31,6 +31,13 @@ def test_what_a_configuration_tells_can_be_read_again():
 
 def test_an_empty_configuration_is_the_defaults():
     assert parse_config({}) == TrainingConfig()
+
+
+def test_an_empty_split_takes_the_place_of_the_files():
+    """TOML has no null, and neither has a command line."""
+    config = load_config(SHIPPED, {"gate.split": "", "gate.share": 0.3})
+    assert not config.gate.split and config.gate.kept_share == 0.3
+    assert parse_config({}).gate.kept_share == 0.2
 
 
 def test_none_stands_for_the_base_alone():
@@ -71,6 +78,8 @@ def test_changes_replace_values_of_the_file(tmp_path):
         ({"gate": {"hidden": [0]}}, r"gate\.hidden must be a list of whole numbers of at least 1, got \[0\]\."),
         ({"gate": {"hidden": 8}}, r"gate\.hidden must be a list of whole numbers of at least 1, got 8\."),
         ({"gate": {"share": 1.0}}, r"gate\.share must be between 0 and 1, got 1\.0\."),
+        ({"gate": {"share": 0.5, "split": "a"}}, r'gate\.share 0\.5 has no meaning beside gate\.split "a".* Leave'),
+        ({"data": {"gate_queries": 0}}, r"data\.gate_queries must be above 0, got 0\."),
         ({"gate": {"margin": -1.0}}, r"gate\.margin must be at least 0, got -1\.0\."),
         ({"base": {"path": 3}}, r"base\.path must be a string, got 3\."),
         ({"base": {"dtype": "float8"}}, """base.dtype must be one of .*, got 'float8'. Did you mean "float32"?"""),

@@ -157,7 +157,64 @@ def test_a_share_that_leaves_nothing_is_refused(data, tmp_path):
     )
     sections["gate"] = {"share": 0.7}
     with pytest.raises(OptionError, match="leaves 9 for joint training and policy optimisation and 21 for the gate"):
-        train(parse_config(sections), tmp_path / "run", resume=True, say=quiet)
+        train(parse_config(sections), tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_split_of_the_gates_own_is_its_data(data, tmp_path):
+    """All of training is left to joint training, and the gate's thoughts need not be written by anyone."""
+    sections, out = small_run(data, tmp_path, gate={"share": None, "split": "gate"})
+    queries = tmp_path / "data" / "queries.jsonl"
+    rows = [json.loads(line) for line in queries.read_text().splitlines()]
+    for row in rows:
+        if row["_id"].startswith("gate"):
+            del row["metadata"]["thought"]
+    queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(parse_config(sections), out, until="joint", say=quiet)
+    run = training_run._Run(parse_config(sections), out, "", quiet)
+    run.begin(True)
+    assert len(run.data.joint) == 30
+    assert {query.id for query in run.data.gate.queries} == {"gate-00000", "gate-00001"}
+    queries.write_text(queries.read_text().replace("gate-00001", "gate-00002"))
+    qrels = tmp_path / "data" / "qrels" / "gate.tsv"
+    qrels.write_text(qrels.read_text().replace("gate-00001", "gate-00002"))
+    with pytest.raises(OptionError, match="the training data is not the one that the run in .* began with"):
+        train(parse_config(sections), out, resume=True, say=quiet)
+
+
+def test_splits_that_are_no_use_to_a_gate_are_refused(data, tmp_path):
+    sections, out = small_run(data, tmp_path, gate={"share": None, "split": "train"})
+    with pytest.raises(OptionError) as caught:
+        train(parse_config(sections), out, say=quiet)
+    assert str(caught.value) == (
+        'gate.split "train" and data.split "train" have 30 queries in common, the first is "train-00000": a gate '
+        "learns little from what joint training saw. Name splits that share none."
+    )
+    sections["gate"] |= {"split": "gtae"}
+    with pytest.raises(DataError, match='has no split "gtae"; its splits are .* Did you mean "gate"?'):
+        train(parse_config(sections), out, say=quiet)
+    sections["gate"] |= {"split": "one"}
+    qrels = tmp_path / "data" / "qrels"
+    first = (qrels / "gate.tsv").read_text().splitlines()
+    (qrels / "one.tsv").write_text("\n".join(line for line in first if "gate-00001" not in line) + "\n")
+    (tmp_path / "data" / "corpus" / "one.jsonl").write_text((tmp_path / "data" / "corpus" / "gate.jsonl").read_text())
+    with pytest.raises(DataError, match="every query of split .one. .* has the same positives"):
+        train(parse_config(sections), out, say=quiet)
+    assert not out.exists()
+
+
+def test_a_training_split_that_is_too_little_is_refused(data, tmp_path):
+    sections, out = small_run(data, tmp_path, gate={"share": None, "split": "gate"})
+    sections["data"] |= {"split": "test"}
+    make_number_task(tmp_path / "few", queries=4, train_queries=2, copies=1)
+    sections["data"] |= {"folder": str(tmp_path / "few")}
+    sections["policy"] = {"steps": 2}
+    with pytest.raises(OptionError) as caught:
+        train(parse_config(sections), out, say=quiet)
+    assert str(caught.value) == (
+        'data.split "test" has 4 queries for joint training and policy optimisation and gate.split "gate" 8 for the '
+        "gate; they need 10 and 2. Add queries, or name other splits."
+    )
 
 
 def test_what_cannot_be_begun_leaves_the_folder_as_it_was(tmp_path):
@@ -228,14 +285,14 @@ def test_without_a_gate_every_query_is_learned_from(data, tmp_path):
     sections, out = small_run(data, tmp_path, gate={"steps": 0})
     run = training_run._Run(parse_config(sections), out, "", quiet)
     run.begin(False)
-    assert [len(part) for part in run.examples()] == [30, 0]
+    assert [len(run.data.joint), len(run.data.gate)] == [30, 0]
 
 
 def test_thoughts_that_no_model_writes_are_said_before_training(data, tmp_path):
     sections, out = small_run(data, tmp_path)
     queries, said = tmp_path / "data" / "queries.jsonl", []
     train(parse_config(sections), out, until="joint", say=said.append)
-    assert any("30 of 30 thoughts are longer than method.max_think_tokens 6, so that" in line for line in said)
+    assert any("21 of 21 thoughts are longer than method.max_think_tokens 6, so that" in line for line in said)
     assert any("warning: joint.warmup_steps 50 leaves no step at the full learning rate" in line for line in said)
     queries.write_text(queries.read_text().replace('"thought": "', '"thought": "<|im_end|> '))
     with pytest.raises(DataError, match='metadata.thought holds "<|im_end|>", which ends a thought. Remove it.'):

@@ -1,8 +1,8 @@
 """Images of numbers from real handwritten digits (scikit-learn's ``load_digits``), whole or degraded.
 
 Owns the pools of digit samples and how they become a picture. Two pools never share a sample: the first half of the
-data set is training's, the next sixth the gate's, the last third testing's, and in each every third sample of a digit is
-for documents and the rest for queries, so that a query never shows the very strokes that it looks for.
+data set is training's, the next sixth the gate's, the last third testing's, and in each every third sample of a digit
+is for documents and the rest for queries, so that a query never shows the very strokes that it looks for.
 """
 
 from __future__ import annotations

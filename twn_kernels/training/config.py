@@ -84,13 +84,14 @@ class DataSettings:
     Attributes:
         folder: a data folder in BEIR's format with thoughts; None: the number task, made here.
         split: of the folder.
-        train_queries, copies: of a number task made here.
+        train_queries, gate_queries, copies: of a number task made here.
         query_prompt, document_prompt: instructions, as the embedder will be given.
     """
 
     folder: str | None = None
     split: str = "train"
     train_queries: int = 12000
+    gate_queries: int = 2400
     copies: int = 10
     query_prompt: str | None = None
     document_prompt: str | None = None
@@ -132,7 +133,9 @@ class GateSettings(StageSettings):
     """The gate, on queries that joint training does not see.
 
     Attributes:
-        share: of the training queries kept for it.
+        split: of the data folder that it learns from; None: a share of the training queries. The better choice where a
+            split holds what the backbone did not see either: what is known by heart is never thought about wrongly.
+        share: of the training queries kept for it; None: a fifth. Not beside ``split``.
         margin: by how much thinking must improve a query's own score, in nats, for the label 1; None: the margin that
             pays best on the training queries when a thought costs ``price``.
         price: nDCG@10 that a thought must bring on average; where ``margin`` is None it decides margin and threshold.
@@ -145,12 +148,18 @@ class GateSettings(StageSettings):
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
-    share: float = 0.2
+    split: str | None = None
+    share: float | None = None
     margin: float | None = None
     price: float = 0.01
     hidden: tuple[int, ...] = (64,)
     temperature: float = 0.02
     encode_batch_size: int = 64
+
+    @property
+    def kept_share(self) -> float:
+        """Of the training queries, where it has no split of its own."""
+        return 0.2 if self.share is None else self.share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,7 +315,7 @@ _AT_LEAST_ZERO = ("steps", "warmup_steps", "weight_decay", "margin", "price", "k
 _AT_LEAST_ZERO += ("thought_weight", "plain_weight", "thoughtful_weight", "format_reward", "rank_reward", "gap_reward")
 _ABOVE_ZERO = ("batch_size", "learning_rate", "max_grad_norm", "save_steps", "log_steps", "chunk_size", "rank")
 _ABOVE_ZERO += ("num_queries", "temperature", "encode_batch_size", "group_size", "inner_steps", "train_queries")
-_ABOVE_ZERO += ("copies",)
+_ABOVE_ZERO += ("gate_queries", "copies")
 _SEEDS = 2**32  # numpy's generators take no larger ones
 
 
@@ -326,8 +335,7 @@ def _check(config: TrainingConfig) -> None:
     _check_names("joint.adapters", config.joint.adapters, ("two", "one"))
     for name in ("dtype", "adapter_dtype"):
         _check_names(f"base.{name}", getattr(config.base, name), ("float32", "bfloat16", "float16"))
-    if not 0 < config.gate.share < 1:
-        raise OptionError(f"gate.share must be between 0 and 1, got {config.gate.share!r}.")
+    _check_gate(config)
     if not 0 <= config.joint.plain_truncation <= 1:
         raise OptionError(f"joint.plain_truncation must be between 0 and 1, got {config.joint.plain_truncation!r}.")
     if config.joint.batch_size < 2:
@@ -340,6 +348,17 @@ def _check(config: TrainingConfig) -> None:
         check_policy(config.policy)
         if config.joint.adapters == "one":
             raise OptionError('policy.steps must be 0 with joint.adapters = "one": its reward would learn too.')
+
+
+def _check_gate(config: TrainingConfig) -> None:
+    gate = config.gate
+    if not 0 < gate.kept_share < 1:
+        raise OptionError(f"gate.share must be between 0 and 1, got {gate.share!r}.")
+    if gate.split and gate.share is not None:
+        raise OptionError(
+            f'gate.share {gate.share} has no meaning beside gate.split "{gate.split}", which is what the gate learns '
+            'from. Leave gate.share out, or set gate.split to "".'
+        )
 
 
 def check_policy(policy: Any) -> None:

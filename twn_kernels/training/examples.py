@@ -134,8 +134,13 @@ def require_writable(query: Entry, processor: Processor, stops: Sequence[str | i
     raise DataError(f'query "{query.id}": metadata.thought holds {what}. Remove it.')
 
 
-def read_examples(folder: str | Path, split: str = "train") -> Examples:
+def read_examples(folder: str | Path, split: str = "train", *, taught: bool = True) -> Examples:
     """The queries of a split, its documents and judgments.
+
+    Args:
+        folder: in BEIR's format.
+        split: of the folder.
+        taught: thoughts are learned from these queries, so that one at least must have one.
 
     Raises:
         DataError: the folder is not whole, a thought is no string, no query of the split has one to learn, or all
@@ -149,7 +154,7 @@ def read_examples(folder: str | Path, split: str = "train") -> Examples:
                 f'query "{query.id}" of "{folder}": metadata.thought must be a string or absent, got '
                 f"{type(thought).__name__}. Write the thought as text."
             )
-    if not any(query.metadata.get("thought") for query in found.queries):
+    if taught and not any(query.metadata.get("thought") for query in found.queries):
         raise DataError(
             f'split "{split}" of "{folder}" has no thought to learn: no query has metadata.thought. '
             "Write the thoughts there as strings, or train on a folder that has them."

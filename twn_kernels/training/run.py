@@ -22,20 +22,20 @@ import twn_kernels.patching as patching
 from twn_kernels.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from twn_kernels.errors import OptionError, TWNWarning, did_you_mean, quoted
 from twn_kernels.evaluation import provenance
-from twn_kernels.evaluation.number_task import make_number_task
 from twn_kernels.patching import adapters_of
 from twn_kernels.pipeline import TWNEmbedder, loading
 from twn_kernels.pipeline.processor import Processor, load_processor
 from twn_kernels.settings import EMBEDDING, REASONING
 from twn_kernels.training.config import TrainingConfig
-from twn_kernels.training.examples import Examples, Stream, read_examples, require_writable
+from twn_kernels.training.examples import Stream
 from twn_kernels.training.gate import train_gate
 from twn_kernels.training.joint import JointCollator, JointTrainer
 from twn_kernels.training.joint_forward import Roles, Trainee
 from twn_kernels.training.number_base import new_number_base
 from twn_kernels.training.number_lessons import Lessons
 from twn_kernels.training.plots import draw_log
-from twn_kernels.training.policy import LEAST_EXAMPLES, train_policy
+from twn_kernels.training.policy import train_policy
+from twn_kernels.training.run_data import RunData, read_run_data, require_thoughts
 from twn_kernels.training.stage_trainer import LOG_FILE
 from twn_kernels.training.teaching import LessonCollator, LessonTrainer
 
@@ -96,7 +96,7 @@ class _Run:
         self.told: dict[str, Any] = {}
         self._trainee: Trainee | None = None
         self._processor: Processor | None = None
-        self._examples: tuple[Examples, Examples] | None = None
+        self._data: RunData | None = None
 
     # -- the folder -------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ class _Run:
             if (taught := _taught(self.config.base.path)) is not None:
                 self.told["base"] = taught
         if self.config.data.folder is not None:
-            self._whole()  # hours may pass before it is needed
+            self._read()  # hours may pass before it is needed
         self.out.mkdir(parents=True, exist_ok=True)
         self.told["commands"].append({"command": self.command, **provenance.stamp(), "machine": machine})
         self._write()
@@ -196,65 +196,34 @@ class _Run:
         end = self.config.method.think_end[0]
         return end if isinstance(end, str) else self.processor.raw_text_of([end])
 
-    def examples(self) -> tuple[Examples, Examples]:
-        """The queries of joint training and those of the gate."""
-        if self._examples is None:
-            whole = self._whole()
-            self._require_same_data(whole)
-            self._require_writable(whole)
-            share = self.config.gate.share if self.config.gate.steps else 0.0
-            first, second = whole.divided(share, self.config.seed)
-            self._require_enough(first, second, len(whole))
-            self._examples = first, second
-        return self._examples
+    @property
+    def data(self) -> RunData:
+        """The queries of joint training and those of the gate, once the run knows that they are its own."""
+        if self._data is None:
+            read = self._read()
+            self._require_same_data(read)
+            self._require_thoughts(read)
+            self._data = read
+        return self._data
 
-    def _whole(self) -> Examples:
-        data, seed = self.config.data, self.config.seed
-        folder = self.out / "data" if data.folder is None else Path(data.folder)
-        if data.folder is None and not (folder / "README.md").exists():  # written last
-            shutil.rmtree(folder, ignore_errors=True)
-            self.say("data: making the number task")
-            make_number_task(folder, queries=1, train_queries=data.train_queries, copies=data.copies, seed=seed)
-        return read_examples(folder, data.split)
+    def _read(self) -> RunData:
+        return read_run_data(self.config, self.out / "data", self.say)
 
-    def _require_same_data(self, whole: Examples) -> None:
+    def _require_same_data(self, read: RunData) -> None:
         """Other queries would be divided otherwise, and the gate judged by those that were learned from."""
-        before = self.told.setdefault("data", whole.digest)
-        if before != whole.digest:
+        before = self.told.setdefault("data", read.digest)
+        if before != read.digest:
             raise OptionError(
                 f'the training data is not the one that the run in "{self.out}" began with: its queries, thoughts, '
                 "documents or judgments changed. Put it back, or name another folder."
             )
         self._write()
 
-    def _require_writable(self, whole: Examples) -> None:
-        """Before hours of training, not where a batch first holds a thought that no model writes."""
+    def _require_thoughts(self, read: RunData) -> None:
         method = self.config.method
         stops = (*method.think_end, *sorted(loading.end_of_sequence(self.trainee().model, self.processor)))
         closing = len(self.processor.token_ids(self.closing))
-        lengths = [len(require_writable(query, self.processor, stops)) + closing for query in whole.queries]
-        long = sum(length > method.max_think_tokens for length in lengths)
-        if long:
-            self.say(
-                f"warning: {long} of {len(lengths)} thoughts are longer than method.max_think_tokens "
-                f"{method.max_think_tokens}, so that the model will not get to close them"
-            )
-
-    def _require_enough(self, first: Examples, second: Examples, count: int) -> None:
-        gate, policy = self.config.gate, self.config.policy
-        needs_first = LEAST_EXAMPLES if policy.steps else 2
-        needs_second = 2 if gate.steps else 0
-        if len(first) < needs_first or len(second) < needs_second:
-            raise OptionError(
-                f"gate.share {gate.share} of {count} training queries leaves {len(first)} for joint training"
-                f"{' and policy optimisation' * bool(policy.steps)} and {len(second)} for the gate; they need "
-                f"{needs_first} and {needs_second}. Change gate.share, or train on more queries."
-            )
-        if not any(query.metadata.get("thought") for query in first.queries):
-            raise OptionError(
-                f"gate.share {gate.share} keeps every query that has a thought for the gate, which leaves joint "
-                "training none to learn. Lower gate.share, or give more queries a thought."
-            )
+        require_thoughts(read.joint, self.processor, stops, closing, method.max_think_tokens, self.say)
 
     def folder(self, stage: str) -> Path:
         """Where a stage keeps its log, plot and states; the backbone's own folder holds the model alone."""
@@ -315,10 +284,10 @@ class _Run:
         return _last_log(self.folder("base"))
 
     def _joint(self) -> dict[str, Any]:
-        config, settings, data = self.config, self.config.joint, self.config.data
-        prompts = (data.query_prompt, data.document_prompt)
+        config, settings, texts = self.config, self.config.joint, self.config.data
+        prompts = (texts.query_prompt, texts.document_prompt)
         collate = JointCollator(self.processor, self.closing, settings.chunk_size, *prompts)
-        stream = Stream(self.examples()[0], settings.steps * settings.batch_size, config.seed)
+        stream = Stream(self.data.joint, settings.steps * settings.batch_size, config.seed)
         folder = self.folder("joint")
         JointTrainer(self.trainee(), folder, settings, stream, collate, seed=config.seed, say=self.say).run(resume=True)
         checkpoint = self.checkpoint()
@@ -330,7 +299,7 @@ class _Run:
     def _policy(self) -> dict[str, Any]:
         data, folder = self.config.data, self.folder("policy")
         result = train_policy(
-            *(self.trainee(), self.processor, self.examples()[0], folder, self.config.policy),
+            *(self.trainee(), self.processor, self.data.joint, folder, self.config.policy),
             seed=self.config.seed,
             resume=True,
             say=self.say,
@@ -344,7 +313,7 @@ class _Run:
         prompts = {"query": data.query_prompt, "document": data.document_prompt}
         embedder = TWNEmbedder(self.trainee().model, self.checkpoint(), self.processor, prompts=prompts)
         result = train_gate(
-            embedder, self.examples()[1], folder, settings, seed=self.config.seed, resume=True, say=self.say
+            embedder, self.data.gate, folder, settings, seed=self.config.seed, resume=True, say=self.say
         )
         save_checkpoint(result.checkpoint, folder / "twn")
         return asdict(result.report)
