@@ -22,7 +22,8 @@ from twn_kernels.training import gate as stage
 from twn_kernels.training import gate_labels as labelling
 from twn_kernels.training.examples import read_examples
 from twn_kernels.training.gate import GateResult, train_gate
-from twn_kernels.training.gate_labels import Collected, collect, gate_labels
+from twn_kernels.training.gate_collecting import Collected, collect
+from twn_kernels.training.gate_labels import gate_labels
 from twn_kernels.training.gate_report import gate_figures
 
 

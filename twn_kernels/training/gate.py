@@ -25,16 +25,8 @@ from twn_kernels.errors import DataError, OptionError, TWNWarning
 from twn_kernels.modules import GateMLP
 from twn_kernels.pipeline import TWNEmbedder
 from twn_kernels.training.examples import Examples
-from twn_kernels.training.gate_labels import (
-    Collected,
-    GateLabels,
-    collect,
-    gate_labels,
-    ndcg,
-    priced_margin,
-    priced_threshold,
-    write_thoughts,
-)
+from twn_kernels.training.gate_collecting import Collected, collect, write_thoughts
+from twn_kernels.training.gate_labels import GateLabels, gate_labels, ndcg, priced_margin, priced_threshold
 from twn_kernels.training.gate_report import GateReport, one_class, report_on
 from twn_kernels.training.stage_trainer import StageTrainer
 from twn_kernels.training.states import newest_state
@@ -82,7 +74,7 @@ def train_gate(
     """Train the gate of an embedder.
 
     Thoughts are written by the model as at inference; every query is scored against the documents of the examples
-    (all of them up to ten thousand, see :func:`~twn_kernels.training.gate_labels.collect`). What the gate reads is
+    (all of them up to ten thousand, see :func:`~twn_kernels.training.gate_collecting.collect`). What the gate reads is
     standardised while it learns; the returned tensors hold that in their first layer and read plain states.
 
     Args:

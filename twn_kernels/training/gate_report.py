@@ -14,7 +14,7 @@ from torch import Tensor
 from twn_kernels.checkpoint import Checkpoint
 from twn_kernels.evaluation.gating import calibration
 from twn_kernels.modules import GateMLP
-from twn_kernels.training.gate_labels import THOUGHTS_FILE, Collected
+from twn_kernels.training.gate_collecting import THOUGHTS_FILE, Collected
 
 __all__ = ["GateReport", "gate_figures", "one_class", "report_on"]
 
