@@ -226,6 +226,18 @@ def test_what_cannot_be_begun_leaves_the_folder_as_it_was(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_going_on_with_nothing_begins_and_says_so(data, tmp_path):
+    """So that one command serves a queue that may stop it at any time."""
+    sections, out = small_run(data, tmp_path)
+    said: list[str] = []
+    run = training_run._Run(parse_config(sections), out, "", said.append)
+    run.begin(True)
+    assert said == [f'"{out}" holds no run to go on with; beginning one'] and (out / "run.json").is_file()
+    said.clear()
+    training_run._Run(parse_config(sections), out, "", said.append).begin(True)
+    assert said == []
+
+
 def test_a_configuration_may_change_until_something_was_learned(data, tmp_path):
     sections = changed(base={"path": str(tmp_path / "absent")}, policy={"steps": 0})
     sections["data"] = {"folder": str(data)}

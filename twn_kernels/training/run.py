@@ -63,7 +63,7 @@ def train(
             the number task is made), a folder a stage with its log, plot, states and TWN directory, ``twn/`` (the
             result) and ``run.json`` (configuration, seconds, figures; of each command that went on with the run its
             commit, versions and machine).
-        resume: go on where a run in ``out`` stopped; stages that are done are kept.
+        resume: go on where a run in ``out`` stopped; stages that are done are kept. Without one it begins, and says so.
         until: stop after this stage.
         command: written into ``run.json``.
         say: receives lines of progress.
@@ -110,6 +110,8 @@ class _Run:
         elif self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
             raise OptionError(f'"{self.out}" exists and holds no run. Name an empty or a new folder.')
         else:
+            if resume:
+                self.say(f'"{self.out}" holds no run to go on with; beginning one')
             self.told = {"commands": [], "config": asked, "stages": {}}
             if (taught := _taught(self.config.base.path)) is not None:
                 self.told["base"] = taught
