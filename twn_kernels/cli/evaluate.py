@@ -56,7 +56,7 @@ def add(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     _add_embedding(parser)
     parser.add_argument("--make-numbers", metavar="DIR", help="write the number task there and do nothing else")
-    parser.add_argument("--queries", type=count, help="of each split but train, for --make-numbers; default: 200")
+    parser.add_argument("--queries", type=count, help="of each test split, for --make-numbers; default: 200")
     parser.set_defaults(run=_run)
     return parser
 
