@@ -81,7 +81,29 @@ def test_a_gpu_other_data_and_a_changed_tree_are_said(run, evaluation):
     first, second = re.findall(r"^- 2026.*$", card, flags=re.MULTILINE)
     assert "uncommitted" not in first and second.endswith("commit `0123456789ab` with uncommitted changes")
     assert "UTC on NVIDIA H100 with 4 threads" in second
-    assert "- Adapters, queries and gate: the folder `my/data`, split `train`." in card
+    assert "- Adapters and queries: the folder `my/data`, split `train`." in card
+
+
+def test_what_the_gate_learned_from_is_said(run, evaluation):
+    gate, data = run["config"]["gate"], run["config"]["data"]
+    told = [model_card(run, evaluation)]
+    gate["share"] = 0.35
+    told.append(model_card(run, evaluation))
+    gate |= {"share": None, "split": "gate"}
+    told.append(model_card(run, evaluation))
+    data["folder"] = "my/data"
+    told.append(model_card(run, evaluation))
+    wanted = [
+        "20% of the training queries, kept out of joint training",
+        "35% of the training queries, kept out of joint",
+    ]
+    wanted += ["2,400 queries of the task's split `gate`, in hands of its own", "split `gate` of the same folder"]
+    assert all(f"- Gate: {words}" in card for words, card in zip(wanted, told, strict=True))
+
+
+def test_one_thread_is_one(run, evaluation):
+    run["commands"][0]["machine"]["threads"] = 1
+    assert "with 1 thread; " in model_card(run, evaluation)
 
 
 def test_a_backbone_of_another_run_is_told_with_its_commands(run, evaluation):

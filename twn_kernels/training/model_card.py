@@ -12,6 +12,7 @@ from twn_kernels.errors import ResultError, TrainingError
 from twn_kernels.evaluation import tables
 from twn_kernels.evaluation.number_task import SPLITS
 from twn_kernels.evaluation.results import parse
+from twn_kernels.training.config import GateSettings
 
 __all__ = ["model_card"]
 
@@ -111,21 +112,30 @@ vectors, details = embedder.encode(["six times seven"], think="auto", return_det
 
 
 def _data(run: Mapping[str, Any]) -> str:
-    data, gate, seed = run["config"]["data"], run["config"]["gate"], run["config"]["seed"]
+    data, seed = run["config"]["data"], run["config"]["seed"]
     source = f"the folder `{data['folder']}`, split `{data['split']}`"
     if data["folder"] is None:
         counted = f"{data['train_queries']:,} training queries, {data['copies']} images of each number"
         source = f"the number task with {counted}, seed {seed}"
     return f"""## Data
 
-- Adapters, queries and gate: {source}.
-  {gate["share"]:.0%} of the training queries were kept out of joint training for the gate.
+- Adapters and queries: {source}.
+- Gate: {_gate_data(run)}.
 - Written thoughts: by the task's own rules, a working that ends in the answer.
 - Digits: Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; UCI data set 80), as scikit-learn ships
-  them: the first two thirds of the samples train, the last third tests.
+  them: the first half of the samples train backbone and adapters, the next sixth the gate, and the last third tests.
 - Held out: digit samples, wordings, a fifth of the operand pairs, five of the 25 pairs of operations, longer chains,
   degraded images. The lessons of the backbone hold every wording, as a pretrained model knows its language, and
   otherwise none of these; adapters, queries and gate never saw a wording that is held out."""
+
+
+def _gate_data(run: Mapping[str, Any]) -> str:
+    data, gate = run["config"]["data"], run["config"]["gate"]
+    if not gate.get("split"):  # runs of before had none
+        return f"{GateSettings(share=gate['share']).kept_share:.0%} of the training queries, kept out of joint training"
+    if data["folder"] is None:
+        return f"{data['gate_queries']:,} queries of the task's split `{gate['split']}`, in hands of its own"
+    return f"split `{gate['split']}` of the same folder"
 
 
 def _training(run: Mapping[str, Any]) -> str:
@@ -161,10 +171,9 @@ def _ran_on(command: Mapping[str, Any]) -> str:
     device = machine["device"] if machine["device"] != "CPU" else f"a CPU ({machine['processor']})"
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
     dirty = " with uncommitted changes" if command.get("dirty") else ""
-    return (
-        f"{command['created'][:16]} UTC on {device} with {machine['threads']} threads; {named}; commit "
-        f"`{command['commit'][:12]}`{dirty}"
-    )
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    when = f"{command['created'][:16]} UTC on {device} with {threads}"
+    return f"{when}; {named}; commit `{command['commit'][:12]}`{dirty}"
 
 
 def _parameters(evaluation: Mapping[str, Any]) -> str:
