@@ -329,7 +329,7 @@ def test_one_query_is_refused(llama, tmp_path):
         train_gate(llama, examples(QUERIES[:1]), tmp_path, settings())
     assert str(error.value) == (
         "the gate needs two queries or more, one to learn from and one to be judged by, got 1. "
-        "Keep more training queries for it: raise gate.share."
+        "Raise gate.share, or name a larger gate.split."
     )
 
 

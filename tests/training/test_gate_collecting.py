@@ -149,11 +149,13 @@ def test_a_pass_that_was_stopped_goes_on_where_it_stopped(llama, tmp_path, monke
     whole = collect(llama, examples(), tmp_path / "whole", 3)
     encode, calls = collecting.encode_entries, []
 
-    def stopped(embedder, entries, *rest, **options):
+    def stopped(embedder, entries, role, **options):
+        if role == "document":
+            return encode(embedder, entries, role, **options)
         if len(calls) == 1:
             raise KeyboardInterrupt
         calls.append([entry.id for entry in entries])
-        return encode(embedder, entries, *rest, **options)
+        return encode(embedder, entries, role, **options)
 
     monkeypatch.setattr(collecting, "encode_entries", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -162,7 +164,7 @@ def test_a_pass_that_was_stopped_goes_on_where_it_stopped(llama, tmp_path, monke
     said: list[str] = []
     again = collect(llama, examples(), tmp_path / "cut", 3, say=said.append)
     assert calls == [[query.id for query in QUERIES[:3]]]
-    assert said[0] == f"gate: thinking, 3 of {len(QUERIES)} queries done"
+    assert said[1] == f"gate: thinking, 3 of {len(QUERIES)} queries done"
     assert torch.equal(again.thoughtful, whole.thoughtful) and again.thoughts == whole.thoughts
     names = {path.name for path in (tmp_path / "cut").iterdir()}
     assert names == {path.name for path in (tmp_path / "whole").iterdir()} == {"labels.safetensors"}
@@ -178,4 +180,13 @@ def test_a_part_of_another_model_is_not_gone_on_with(llama, tmp_path, monkeypatc
     said: list[str] = []
     found = collect(llama, examples(), tmp_path, 3, say=said.append)
     assert said[0] == "gate: thinking.safetensors is of other weights, another method or other inputs; collecting again"
-    assert said[1].startswith("gate: thinking, 0 of ") and found.thoughtful.any(dim=1).all()
+    assert said[2].startswith("gate: thinking, 0 of ") and found.thoughtful.any(dim=1).all()
+
+
+def test_what_cannot_be_embedded_is_said_before_anything_is_thought(llama, tmp_path):
+    image = tmp_path / "one.png"
+    image.write_bytes(b"no image")
+    documents, said = [*DOCUMENTS[:-1], Entry(DOCUMENTS[-1].id, image=str(image))], []
+    with pytest.raises(InputError, match=f'^document "{DOCUMENTS[-1].id}": '):
+        collect(llama, examples(documents=documents), tmp_path, 3, say=said.append)
+    assert not any("thinking" in line for line in said)

@@ -147,6 +147,3 @@ def test_labels_refuse_a_query_without_a_positive():
     positives = torch.tensor([[True, False], [False, False]])
     with pytest.raises(DataError, match="1 of 2 queries have no positive among the documents, the first is at place 1"):
         gate_labels(torch.eye(2), torch.eye(2), torch.eye(2), positives, 0.1, 0.1)
-
-
-# -- what is collected -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from twn_kernels.training.run import train
 
 SMALL = {
     "base": {"steps": 3, "batch_size": 4, "save_steps": 2, "log_steps": 1},
-    "data": {"train_queries": 30, "copies": 1},
+    "data": {"train_queries": 30, "gate_queries": 4, "copies": 1},
     "method": {"max_think_tokens": 6},
     "joint": {
         "steps": 4,
@@ -175,11 +175,16 @@ def test_a_split_of_the_gates_own_is_its_data(data, tmp_path):
     run.begin(True)
     assert len(run.data.joint) == 30
     assert {query.id for query in run.data.gate.queries} == {"gate-00000", "gate-00001"}
-    queries.write_text(queries.read_text().replace("gate-00001", "gate-00002"))
-    qrels = tmp_path / "data" / "qrels" / "gate.tsv"
-    qrels.write_text(qrels.read_text().replace("gate-00001", "gate-00002"))
-    with pytest.raises(OptionError, match="the training data is not the one that the run in .* began with"):
-        train(parse_config(sections), out, resume=True, say=quiet)
+    for split in ("gate", "train"):
+        before = queries.read_text()
+        row = next(line for line in before.splitlines() if f'"_id": "{split}-00001"' in line)
+        queries.write_text(before.replace(row, row.replace('"text": "', '"text": "well, ')))
+        with pytest.raises(OptionError, match="the training data is not the one that the run in .* began with"):
+            train(parse_config(sections), out, resume=True, say=quiet)
+        queries.write_text(before)
+    train(parse_config(sections), out, resume=True, say=quiet)
+    judged = {json.loads(line)["id"] for line in (out / "gate" / "labels.jsonl").read_text().splitlines()}
+    assert judged == {"gate-00000", "gate-00001"}
 
 
 def test_splits_that_are_no_use_to_a_gate_are_refused(data, tmp_path):
@@ -212,9 +217,12 @@ def test_a_training_split_that_is_too_little_is_refused(data, tmp_path):
     with pytest.raises(OptionError) as caught:
         train(parse_config(sections), out, say=quiet)
     assert str(caught.value) == (
-        'data.split "test" has 4 queries for joint training and policy optimisation and gate.split "gate" 8 for the '
-        "gate; they need 10 and 2. Add queries, or name other splits."
+        'data.split "test" has 4 queries, and joint training and policy optimisation need 10. Add queries, or name '
+        "another split."
     )
+    sections["gate"] |= {"steps": 0}
+    with pytest.raises(OptionError, match='^data.split "test" has 4 queries, and joint training and policy'):
+        train(parse_config(sections), out, say=quiet)
 
 
 def test_what_cannot_be_begun_leaves_the_folder_as_it_was(tmp_path):
@@ -248,6 +256,33 @@ def test_a_configuration_may_change_until_something_was_learned(data, tmp_path):
     assert (out / "queries.safetensors").is_file()
     told = json.loads((tmp_path / "run" / "run.json").read_text())
     assert len(told["commands"]) == 2 and told["config"]["base"]["path"] == sections["base"]["path"]
+
+
+def test_data_that_was_refused_may_be_mended(data, tmp_path):
+    """The run holds to the data that it learned from, and it has learned nothing yet."""
+    sections, out = small_run(data, tmp_path)
+    queries = tmp_path / "data" / "queries.jsonl"
+    whole = queries.read_text()
+    queries.write_text(whole.replace('"thought": "', '"thought": "<|im_end|> '))
+    with pytest.raises(DataError, match="which ends a thought. Remove it."):
+        train(parse_config(sections), out, say=quiet)
+    queries.write_text(whole)
+    train(parse_config(sections), out, resume=True, until="joint", say=quiet)
+
+
+def test_made_data_is_of_the_configuration(tmp_path):
+    """Also where another one was made before anything was learned; a split that it has not is said before teaching."""
+    sections = changed(policy={"steps": 0})
+    sections["gate"] = {"split": "gtae", "steps": 3, "batch_size": 4}
+    with pytest.raises(DataError, match='has no split "gtae"'):
+        train(parse_config(sections), tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run" / "base").exists()
+    sections["gate"] |= {"split": "gate"}
+    sections["data"] = {"train_queries": 12, "gate_queries": 6, "copies": 1}
+    run = training_run._Run(parse_config(sections), tmp_path / "run", "", quiet)
+    run.begin(True)
+    read = run._read()
+    assert (len(read.joint), len(read.gate)) == (12, 6)
 
 
 def test_a_damaged_record_is_refused(tmp_path):

@@ -62,7 +62,7 @@ class Setting:
                 'model must have graph "shared_kv" in its twn_config.json, which the demo compares with PEFT; got '
                 f'"{config.graph}".'
             )
-        make_number_task(folder, queries=queries, train_queries=1)
+        make_number_task(folder, queries=queries, train_queries=1, gate_queries=1)
         told = {"model": str(model.base), "checkpoint": str(model.twn)} if names is None else names
         return cls(model, embedder, folder, read_split(folder, SPLIT), told)
 

@@ -5,9 +5,10 @@ Owns the two passes, their seconds, and the errors that an input can cause. How 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from twn_kernels.evaluation.dataset import Entry
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["TwoWays", "embed_both_ways", "encode_entries", "timed_auto"]
+__all__ = ["TwoWays", "embed_both_ways", "encode_entries", "errors_naming", "timed_auto"]
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,18 @@ def encode_entries(
     """
     encode = embedder.encode_query if role == "query" else embedder.encode_document
     start = time.perf_counter()
-    try:
+    with errors_naming(entries, role):
         vectors, details = encode([entry.input for entry in entries], return_details=True, **options)
+    return vectors, details, time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def errors_naming(entries: Sequence[Entry], role: str) -> Iterator[None]:
+    """The embedder counts inputs; who wrote the data wants the id of the entry in the error."""
+    try:
+        yield
     except InputError as error:
-        # The embedder counts inputs; who wrote the data wants its id.
         found = re.match(r"input (\d+): ", str(error))
         if found is None:
             raise
         raise InputError(f'{role} "{entries[int(found[1])].id}": {str(error)[found.end() :]}') from error
-    return vectors, details, time.perf_counter() - start

@@ -281,7 +281,8 @@ right. `metadata` holds:
 | `samples` | which samples of scikit-learn's `load_digits` the image shows, left to right |
 
 Samples of `train` are the first half of that data set, slanted and stretched a little; those of `gate` are the next
-sixth, so that a gate learns how a model does in hands that it was not taught on; those of the other splits are the last
+sixth, so that a gate learns how a model does in hands that it was not taught on (its words are training's, and may
+repeat); those of the other splits are the last
 third. In each, documents and queries share none. Held out from training, whatever the seed: a fifth of the operand
 pairs of each operation (`ood_pairs`), five of the 25 ways to follow one operation by another (`ood_compositions`), and
 wordings of each operation and of the number itself (`test`, `ood_images`, and simple queries of every split but `train`

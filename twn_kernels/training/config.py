@@ -130,11 +130,11 @@ class JointSettings(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class GateSettings(StageSettings):
-    """The gate, on queries that joint training does not see.
+    """The gate, on queries kept for it.
 
     Attributes:
-        split: of the data folder that it learns from; None: a share of the training queries. The better choice where a
-            split holds what the backbone did not see either: what is known by heart is never thought about wrongly.
+        split: of the data folder that it learns from; None or "": a share of the training queries. The better choice
+            where a split holds what the backbone did not see: what is known by heart is never thought about wrongly.
         share: of the training queries kept for it; None: a fifth. Not beside ``split``.
         margin: by how much thinking must improve a query's own score, in nats, for the label 1; None: the margin that
             pays best on the training queries when a thought costs ``price``.
@@ -270,6 +270,8 @@ def parse_config(table: Mapping[str, Any]) -> TrainingConfig:
             raise OptionError(f"[{name}] must be a section with keys, got {value!r}.")
         parsed[name] = _method(value) if name == "method" else _section(sections[name].default_factory, value, name)
     config = TrainingConfig(**parsed)
+    if config.gate.split == "":  # TOML has no null
+        config = replace(config, gate=replace(config.gate, split=None))
     _check(config)
     return config
 

@@ -106,7 +106,7 @@ def train_gate(
     if len(examples) < 2:
         raise DataError(
             f"the gate needs two queries or more, one to learn from and one to be judged by, got {len(examples)}. "
-            "Keep more training queries for it: raise gate.share."
+            "Raise gate.share, or name a larger gate.split."
         )
     state = newest_state(out)
     if state is not None and not resume:  # said before anything is embedded

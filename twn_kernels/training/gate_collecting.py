@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twn_kernels.evaluation.dataset import Entry
-from twn_kernels.evaluation.embedding import encode_entries
+from twn_kernels.evaluation.embedding import encode_entries, errors_naming
 from twn_kernels.ops import pool_queries
 from twn_kernels.patching.record import find_record
 from twn_kernels.pipeline import TWNEmbedder
@@ -102,7 +102,7 @@ def collect(
         part = _Part(out / _PART_FILE, source, say)
         kept = _embedded(embedder, examples.queries, documents, batch_size, part, say)
         _write(out / LABELS_FILE, kept, source)
-        part.path.unlink(missing_ok=True)
+    (out / _PART_FILE).unlink(missing_ok=True)
     thoughts = _unpacked(kept.pop("thoughts"))
     place_of = {entry.id: place for place, entry in enumerate(documents)}
     positives = torch.zeros(len(examples), len(documents), dtype=torch.bool)
@@ -148,6 +148,14 @@ def _embedded(
     embedder: TWNEmbedder, queries: Sequence[Entry], documents: Sequence[Entry], batch_size: int, part: _Part, say
 ) -> dict[str, Tensor]:
     """Everything of :class:`Collected` that takes long, as tensors; ``thoughts`` are the bytes of their JSON."""
+    # What may be refused comes first: thoughts take longest by far.
+    with errors_naming(queries, "query"):
+        query_states, prompt_states = embedder.gate_states(
+            [query.input for query in queries], prompt=embedder.prompts.get("query"), batch_size=batch_size
+        )
+    plain = pool_queries(query_states, pooling=embedder.config.pooling, normalize=True).float()
+    say(f"gate: embedding {len(documents)} documents")
+    document_vectors = encode_entries(embedder, documents, "document", think="never", batch_size=batch_size)[0]
     step = _BATCHES * batch_size
     for start in range(len(part.told), len(queries), step):
         say(f"gate: thinking, {start} of {len(queries)} queries done")
@@ -155,12 +163,6 @@ def _embedded(
         vectors, details = encode_entries(embedder, own, "query", think="always", batch_size=batch_size)[:2]
         told = [{"thought": of.text, "tokens": of.tokens, "fallback": of.fallback} for of in details]
         part.add(torch.from_numpy(vectors).float(), told)
-    say(f"gate: embedding {len(documents)} documents")
-    document_vectors = encode_entries(embedder, documents, "document", think="never", batch_size=batch_size)[0]
-    query_states, prompt_states = embedder.gate_states(
-        [query.input for query in queries], prompt=embedder.prompts.get("query"), batch_size=batch_size
-    )
-    plain = pool_queries(query_states, pooling=embedder.config.pooling, normalize=True).float()
     closed = torch.tensor([told["fallback"] is None for told in part.told])
     return {
         "query_states": query_states,

@@ -21,7 +21,7 @@ _STAGES = {
     "base": "the backbone, all of its weights, on lessons: reading digits and number words, single steps of arithmetic",
     "joint": "both adapters and the queries, on the frozen backbone",
     "policy": "`reasoning`, by group-relative policy optimisation of the thought",
-    "gate": "the gate, on queries that joint training did not see",
+    "gate": "the gate, on queries kept for it",
 }
 _DIFFERENCES = {
     "auto_minus_never": "auto minus never",

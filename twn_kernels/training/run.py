@@ -115,11 +115,14 @@ class _Run:
             self.told = {"commands": [], "config": asked, "stages": {}}
             if (taught := _taught(self.config.base.path)) is not None:
                 self.told["base"] = taught
-        if self.config.data.folder is not None:
+        own_data = self.config.data.folder is None
+        if not own_data:
             self._read()  # hours may pass before it is needed
         self.out.mkdir(parents=True, exist_ok=True)
         self.told["commands"].append({"command": self.command, **provenance.stamp(), "machine": machine})
         self._write()
+        if own_data:
+            self._read()
 
     def _open(self, resume: bool, asked: dict[str, Any]) -> None:
         """Read what the run in the folder tells; nothing of it may differ once something was learned."""
@@ -132,11 +135,16 @@ class _Run:
         except (ValueError, KeyError, TypeError) as error:
             raise OptionError(f'"{path}" is not as a run wrote it ({error!r}). Name another folder.') from error
         changed = _differences(before, asked)
-        if changed and (any(stage["done"] for stage in stages.values()) or any(self.out.glob("*/checkpoint-*"))):
+        learned = any(stage["done"] for stage in stages.values()) or any(self.out.glob("*/checkpoint-*"))
+        if changed and learned:
             raise OptionError(
                 f'"{self.out}" was begun with another configuration; different: {quoted(changed)}. '
                 "Resume with the same one, or name another folder."
             )
+        if not learned:
+            self.told.pop("data", None)
+        if changed and before["data"]["folder"] is None:  # made for the configuration of before
+            shutil.rmtree(self.out / "data", ignore_errors=True)
         self.told["config"] = asked
 
     def _write(self) -> None:
@@ -205,6 +213,8 @@ class _Run:
             read = self._read()
             self._require_same_data(read)
             self._require_thoughts(read)
+            self.told["data"] = read.digest
+            self._write()
             self._data = read
         return self._data
 
@@ -213,13 +223,11 @@ class _Run:
 
     def _require_same_data(self, read: RunData) -> None:
         """Other queries would be divided otherwise, and the gate judged by those that were learned from."""
-        before = self.told.setdefault("data", read.digest)
-        if before != read.digest:
+        if self.told.get("data", read.digest) != read.digest:
             raise OptionError(
                 f'the training data is not the one that the run in "{self.out}" began with: its queries, thoughts, '
                 "documents or judgments changed. Put it back, or name another folder."
             )
-        self._write()
 
     def _require_thoughts(self, read: RunData) -> None:
         method = self.config.method

@@ -98,11 +98,11 @@ def _require_enough(config: TrainingConfig, joint: Examples, second: Examples) -
             f"gate.share {gate.kept_share} keeps every query that has a thought for the gate, which leaves joint "
             "training none to learn. Lower gate.share, or give more queries a thought."
         )
-    jobs = f"joint training{' and policy optimisation' * bool(policy.steps)}"
-    if gate.split:
+    jobs = "joint training" + " and policy optimisation" * bool(policy.steps)
+    if not gate.steps or gate.split:
         raise OptionError(
-            f'data.split "{config.data.split}" has {len(joint)} queries for {jobs} and gate.split "{gate.split}" '
-            f"{len(second)} for the gate; they need {needs_joint} and {needs_gate}. Add queries, or name other splits."
+            f'data.split "{config.data.split}" has {len(joint)} queries, and {jobs} need {needs_joint}. Add queries, '
+            "or name another split."
         )
     raise OptionError(
         f"gate.share {gate.kept_share} of {len(joint) + len(second)} training queries leaves {len(joint)} for {jobs} "
