@@ -282,11 +282,10 @@ right. `metadata` holds:
 
 Samples of `train` are the first half of that data set, slanted and stretched a little; those of `gate` are the next
 sixth, so that a gate learns how a model does in hands that it was not taught on (its words are training's, and may
-repeat); those of the other splits are the last
-third. In each, documents and queries share none. Held out from training, whatever the seed: a fifth of the operand
-pairs of each operation (`ood_pairs`), five of the 25 ways to follow one operation by another (`ood_compositions`), and
-wordings of each operation and of the number itself (`test`, `ood_images`, and simple queries of every split but `train`
-and `gate`).
+repeat); those of the other splits are the last third. In each, documents and queries share none. Held out from
+training, whatever the seed: a fifth of the operand pairs of each operation (`ood_pairs`), five of the 25 ways to follow
+one operation by another (`ood_compositions`), and wordings of each operation and of the number itself (`test`,
+`ood_images`, and simple queries of every split but `train` and `gate`).
 
 Digits: Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; UCI), 8 x 8 pixels, enlarged here.
 """
