@@ -11,12 +11,14 @@ import pytest
 from twn_kernels import shipped
 from twn_kernels.checkpoint import load_checkpoint
 from twn_kernels.evaluation import load_result
+from twn_kernels.training.config import load_config
 from twn_kernels.training.model_card import model_card
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGURATION = ROOT / "twn_kernels" / "training" / "numbers.toml"
 RESULTS = ROOT / "twn_kernels" / "shipped" / "numbers" / "results"
 SPLITS = {"test", "ood_pairs", "ood_compositions", "ood_chains", "ood_images"}
-ONE_ADAPTER = "one adapter for both jobs"
+BASELINES = {"one adapter for both jobs": "one-adapter.json", "interface not detached": "not-detached.json"}
 MODES = ("never", "always", "auto")
 
 
@@ -26,8 +28,8 @@ def result() -> dict:
 
 
 @pytest.fixture(scope="module")
-def one_adapter() -> dict:
-    return load_result(RESULTS / "one-adapter.json")
+def baselines() -> dict[str, dict]:
+    return {name: load_result(RESULTS / file) for name, file in BASELINES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +37,14 @@ def run() -> dict:
     return json.loads((RESULTS.parent / "run.json").read_text(encoding="utf-8"))
 
 
-def test_adaptive_thinking_nearly_keeps_the_quality_for_three_fifths_of_the_tokens(result):
-    """It does not keep all of it: what it loses against always thinking is stated in README and card."""
-    test, differences = result["splits"]["test"], result["splits"]["test"]["differences"]
-    always, auto = test["modes"]["always"], test["modes"]["auto"]
+def test_adaptive_thinking_is_at_least_as_good_for_three_fifths_of_the_tokens(result):
+    """On a mixture whose half is simple: what the gate is for."""
+    test, metric = result["splits"]["test"], result["metric"]
+    never, always, auto = (test["modes"][mode] for mode in MODES)
+    assert auto[metric] >= max(never[metric], always[metric])
     assert auto["query_tokens"] <= 0.6 * always["query_tokens"]
-    assert differences["auto_minus_always"]["low"] > -0.04
-    assert differences["auto_minus_never"]["low"] > 0.3 and differences["auto_minus_random"]["low"] > 0.1
+    assert test["differences"]["auto_minus_always"]["low"] > -0.01
+    assert test["differences"]["auto_minus_random"]["low"] > 0.1
     classes = {name: told["queries"] for name, told in test["classes"].items()}
     assert classes["simple"] == classes["thoughtful"]
 
@@ -61,29 +64,39 @@ def test_every_split_out_of_distribution_is_there(result):
     assert SPLITS == set(result["splits"])
 
 
-def test_the_baseline_answered_the_same_queries(result, one_adapter):
-    for name in ("metric", "options"):
-        assert one_adapter[name] == result[name]
-    assert one_adapter["data"]["splits"] == result["data"]["splits"] and "--shipped" not in one_adapter["command"]
+def test_the_baselines_answered_the_same_queries(result, baselines):
+    for name, other in baselines.items():
+        assert other["data"]["splits"] == result["data"]["splits"], name
+        assert other["metric"] == result["metric"] and "--shipped" not in other["command"], name
+        # The threshold is each gate's own.
+        options = [{**told["options"], "threshold": None} for told in (other, result)]
+        assert options[0] == options[1], name
 
 
-def test_model_and_results_come_from_commits_and_not_from_changed_trees(run, result, one_adapter):
-    for told in (*run["commands"], result, one_adapter):
+def test_model_and_results_come_from_commits_and_not_from_changed_trees(run, result, baselines):
+    commands = [*run["commands"], *run.get("base", {}).get("commands", [])]
+    for told in (*commands, result, *baselines.values()):
         assert re.fullmatch("[0-9a-f]{40}", told["commit"]) and told["dirty"] is False, told["command"]
-    assert all(stage["done"] for stage in run["stages"].values()) and set(run["stages"]) == {
-        *("base", "joint", "policy", "gate")
-    }
+    stages = run["stages"] | run.get("base", {}).get("stages", {})
+    assert set(stages) == {"base", "joint", "policy", "gate"} and all(stage["done"] for stage in stages.values())
 
 
 def test_the_model_was_not_trained_on_the_seed_that_tests_it(run, result):
     """Data of another seed, which the name of its folder tells."""
-    assert result["data"]["name"] == "numbers-seed-1" and run["config"]["seed"] == 0
+    assert result["data"]["name"] == "numbers-seed-2" and run["config"]["seed"] == 0
 
 
-def test_the_card_is_made_of_the_run_and_the_results_alone(run, result, one_adapter):
-    assert shipped.number_model().card.read_text(encoding="utf-8") == model_card(
-        run, result, {ONE_ADAPTER: one_adapter}
-    )
+def test_the_configuration_in_the_package_is_the_one_it_was_trained_with(run):
+    """Of another run's backbone the path differs, and nothing else does."""
+    held = json.loads(json.dumps(load_config(CONFIGURATION).as_dict()))
+    trained = run["config"]
+    assert trained | {"base": None} == held | {"base": None}
+    base = run.get("base", run)["config"]["base"]
+    assert base == held["base"]
+
+
+def test_the_card_is_made_of_the_run_and_the_results_alone(run, result, baselines):
+    assert shipped.number_model().card.read_text(encoding="utf-8") == model_card(run, result, baselines)
 
 
 def test_the_card_and_the_readme_quote_the_result(result):
@@ -101,7 +114,10 @@ def test_the_card_and_the_readme_quote_the_result(result):
     assert f"{found['mean']:+.3f}, 95 % interval {found['low']:+.3f} to {found['high']:+.3f}" in readme
 
 
-def test_the_readme_quotes_the_baseline(one_adapter):
-    values = [one_adapter["splits"]["test"]["modes"][mode][one_adapter["metric"]] for mode in MODES]
+def test_the_readme_quotes_the_baselines(result, baselines):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"| {ONE_ADAPTER} | {' | '.join(f'{value:.3f}' for value in values)} |" in readme
+    for name, other in {"this model": result, **baselines}.items():
+        modes = other["splits"]["test"]["modes"]
+        values = [f"{modes[mode][other['metric']]:.3f}" for mode in MODES]
+        share = modes["auto"]["query_tokens"] / modes["always"]["query_tokens"]
+        assert f"| {name} | {' | '.join(values)} | {share:.0%} |" in readme, name
