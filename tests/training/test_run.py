@@ -141,9 +141,34 @@ def test_a_folder_that_is_taken_is_refused(done, tmp_path):
 
 
 def test_a_run_goes_on_with_its_own_configuration_alone(done):
-    other = parse_config(changed(joint={"rank": 3}, gate={"margin": 0.7}))
-    with pytest.raises(OptionError, match='different: "gate.margin", "joint.rank". Resume with the same one'):
+    other = parse_config(changed(joint={"rank": 3}, gate={"margin": 0.7, "share": 0.4}))
+    with pytest.raises(OptionError, match='different: "gate.share", "joint.rank". Resume with the same one'):
         train(other, done, resume=True, say=quiet)
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"split": "gate", "share": None}])
+def test_what_divides_the_data_may_not_change(done, change):
+    with pytest.raises(OptionError, match="was begun with another configuration"):
+        train(parse_config(changed(gate=change)), done, resume=True, say=quiet)
+
+
+def test_a_gate_may_be_trained_anew_on_what_was_learned(done, tmp_path):
+    """To try another price takes minutes, not the hours of the stages before; the result is that of a whole run."""
+    shutil.copytree(done, tmp_path / "run")
+    before = json.loads((done / "run.json").read_text())["commands"]
+    sections = changed(gate={"margin": 0.001, "hidden": [3]}, method={"gate_input": "concat"})
+    said: list[str] = []
+    out = train(parse_config(sections), tmp_path / "run", resume=True, say=said.append)
+    assert 'gate: trained anew, as these differ: "gate.hidden", "gate.margin", "method.gate_input"' in said
+    assert not any(line.startswith(("base", "joint", "policy", "gate: thinking")) for line in said)
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["stages"]["gate"]["done"] and told["commands"][:-1] == before
+    assert told["stages"]["gate"]["figures"]["margin"] == told["config"]["gate"]["margin"] == 0.001
+    whole = train(parse_config(sections), tmp_path / "whole", say=quiet)
+    names = {path.relative_to(whole) for path in whole.rglob("*.safetensors")}
+    assert names == {path.relative_to(out) for path in out.rglob("*.safetensors")} and len(names) == 4
+    assert all((whole / name).read_bytes() == (out / name).read_bytes() for name in names)
+    assert (whole / "twn_config.json").read_text() == (out / "twn_config.json").read_text()
 
 
 def test_a_share_that_leaves_nothing_is_refused(data, tmp_path):

@@ -28,16 +28,16 @@ from twn_kernels.pipeline import TWNEmbedder
 from twn_kernels.training.examples import Examples
 from twn_kernels.training.gate_labels import GateLabels
 
-__all__ = ["LABELS_FILE", "THOUGHTS_FILE", "Collected", "collect", "write_thoughts"]
+__all__ = ["GATE_FIELDS", "LABELS_FILE", "THOUGHTS_FILE", "Collected", "collect", "write_thoughts"]
 
 LABELS_FILE = "labels.safetensors"
 THOUGHTS_FILE = "labels.jsonl"
+GATE_FIELDS = ("gate_input", "gate_activation", "think_threshold")  # of the method; no vector depends on them
 
 _PART_FILE = "thinking.safetensors"  # of a pass that is under way
 _MOST_DOCUMENTS = 10_000  # bounds the time that a large corpus takes to embed; only negatives are left out
 _DIGESTS = "sha256"
 _BATCHES = 8  # between two lines of progress, and as many as a pass that is stopped may lose
-_GATE_FIELDS = ("gate_input", "gate_activation", "think_threshold")  # of the configuration; no vector depends on them
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _source(embedder: TWNEmbedder, queries: Sequence[Entry], documents: Sequence
     scalings = (
         {} if record is None else {name: repr(getattr(layer, "scaling", None)) for name, layer in record.layers.items()}
     )
-    method = {name: value for name, value in embedder.config.values().items() if name not in _GATE_FIELDS}
+    method = {name: value for name, value in embedder.config.values().items() if name not in GATE_FIELDS}
     told = [scalings, method, embedder.prompts, embedder.seed, batch_size]
     whole.update(json.dumps(told, sort_keys=True).encode())
     for entry in (*queries, None, *documents):

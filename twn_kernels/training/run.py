@@ -29,6 +29,7 @@ from twn_kernels.settings import EMBEDDING, REASONING
 from twn_kernels.training.config import TrainingConfig
 from twn_kernels.training.examples import Stream
 from twn_kernels.training.gate import train_gate
+from twn_kernels.training.gate_collecting import GATE_FIELDS
 from twn_kernels.training.joint import JointCollator, JointTrainer
 from twn_kernels.training.joint_forward import Roles, Trainee
 from twn_kernels.training.number_base import new_number_base
@@ -64,6 +65,7 @@ def train(
             result) and ``run.json`` (configuration, seconds, figures; of each command that went on with the run its
             commit, versions and machine).
         resume: go on where a run in ``out`` stopped; stages that are done are kept. Without one it begins, and says so.
+            Settings of the gate may differ: it is then trained anew, from the thoughts that were collected.
         until: stop after this stage.
         command: written into ``run.json``.
         say: receives lines of progress.
@@ -136,14 +138,18 @@ class _Run:
             raise OptionError(f'"{path}" is not as a run wrote it ({error!r}). Name another folder.') from error
         changed = _differences(before, asked)
         learned = any(stage["done"] for stage in stages.values()) or any(self.out.glob("*/checkpoint-*"))
-        if changed and learned:
+        fixed = [name for name in changed if not _of_the_gate_alone(name, before, asked)]
+        if fixed and learned:
             raise OptionError(
-                f'"{self.out}" was begun with another configuration; different: {quoted(changed)}. '
+                f'"{self.out}" was begun with another configuration; different: {quoted(fixed)}. '
                 "Resume with the same one, or name another folder."
             )
+        if changed and stages.get("gate", {}).get("done"):
+            self.say(f"gate: trained anew, as these differ: {quoted(changed)}")
+            stages["gate"]["done"] = False
         if not learned:
             self.told.pop("data", None)
-        if changed and before["data"]["folder"] is None:  # made for the configuration of before
+        if fixed and before["data"]["folder"] is None:  # made for the configuration of before
             shutil.rmtree(self.out / "data", ignore_errors=True)
         self.told["config"] = asked
 
@@ -353,6 +359,15 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
         below = ((before.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
         return [found for pair in below for found in _differences(*pair)]
     return [] if before == now else [name]
+
+
+def _of_the_gate_alone(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a value can change while adapters, queries and the division of the data stay as they are."""
+    section, _, key = name.partition(".")
+    if section == "method":
+        return key in GATE_FIELDS
+    toggled = key == "steps" and not (before["gate"]["steps"] and now["gate"]["steps"])
+    return section == "gate" and key not in ("split", "share") and not toggled
 
 
 def _device_name(config: TrainingConfig) -> str:
