@@ -86,7 +86,7 @@ def test_the_number_task_is_made(tmp_path, capsys):
     found = report(capsys, "eval", "--make-numbers", str(tmp_path / "numbers"), "--queries", "2", "--seed", "5")
     assert found == {"folder": str(tmp_path / "numbers"), "splits": split_names(tmp_path / "numbers"), "seed": 5}
     assert "seed=5" in (tmp_path / "numbers" / "README.md").read_text()
-    assert len((tmp_path / "numbers" / "queries.jsonl").read_text().splitlines()) == 5 * 2 + 20
+    assert len((tmp_path / "numbers" / "queries.jsonl").read_text().splitlines()) == 5 * 2 + 4 + 20
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,10 @@ def test_the_number_task_is_made(tmp_path, capsys):
         ),
         (["--make-numbers", "d", "--out", "o"], "OptionError: --out has no meaning for --make-numbers"),
         (["DATA/corpus.jsonl"], "is no JSON ("),
+        (
+            ["DATA", "--model", "nowhere", "--checkpoint", "c", "--split", "tset"],
+            'has no split "tset"; its splits are ',
+        ),
         (["DATA", "--compare", "nowhere.json"], 'ResultError: result file "nowhere.json" cannot be read'),
         (["DATA", "--plot", "a.txt"], "OptionError: a plot must end in one of"),
     ],

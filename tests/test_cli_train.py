@@ -76,13 +76,17 @@ def test_json_is_the_run_file(config, tmp_path, capsys):
 def test_the_whole_configuration_can_be_seen_first(capsys):
     assert main(["train", "numbers", "--out", "unused", "--show-config", "--set", "joint.rank=3"]) == 0
     shown = json.loads(capsys.readouterr().out)
+    assert main(["train", "numbers", "--out", "unused", "--show-config", "--set", "joint.detach=False"]) == 0
+    assert json.loads(capsys.readouterr().out)["joint"]["detach"] is False
     assert shown["joint"]["rank"] == 3 and shown["method"]["graph"] == "shared_kv"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["absent.toml"], 'configuration "absent.toml" cannot be read: No such file or directory.'),
+        (["absent.toml"], 'CONFIG must be a TOML file or "numbers", got "absent.toml", which is no file here.'),
+        (["numbrs"], 'got "numbrs", which is no file here. Did you mean "numbers"?'),
+        (["."], 'configuration "." cannot be read: Is a directory.'),
         (["numbers", "--set", "joint.rnak=2"], '[joint] has no "rnak"; '),
         (["numbers", "--set", "joint.rank"], '--set takes KEY=VALUE, such as joint.steps=100, got "joint.rank".'),
         (["numbers", "--set", "joint.rank=two"], "joint.rank must be a whole number, got 'two'."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ def test_what_a_configuration_tells_can_be_read_again():
 
 def test_an_empty_configuration_is_the_defaults():
     assert parse_config({}) == TrainingConfig()
+
+
+def test_the_file_in_the_readme_is_one(tmp_path):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", readme, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "my.toml").write_text(block)
+    config = load_config(tmp_path / "my.toml")
+    assert config.base.path and config.data.folder == "my-data" and config.gate.split == "dev"
 
 
 def test_an_empty_split_takes_the_place_of_the_files():

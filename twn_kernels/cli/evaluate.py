@@ -93,10 +93,12 @@ def _run(arguments: argparse.Namespace) -> None:
         raise OptionError("--queries belongs to --make-numbers; name splits with --split instead.")
     if arguments.data is None:
         raise OptionError("eval needs DATA, a data folder or a result.json; or --make-numbers DIR.")
-    from twn_kernels.evaluation import load_result, plots
+    from twn_kernels.evaluation import gating, load_result, plots
 
     if arguments.plot is not None:
         plots.require_matplotlib(arguments.plot)
+    if arguments.compare is not None:
+        gating.require_statistics()
     other = None if arguments.compare is None else load_result(arguments.compare)
     if Path(arguments.data).is_file():
         document = _again(arguments)
@@ -136,9 +138,14 @@ def _given(arguments: argparse.Namespace, *names: str) -> list[str]:
 
 
 def _evaluated(arguments: argparse.Namespace) -> dict:
-    from twn_kernels.evaluation import EvaluationOptions, evaluate, split_names
+    from twn_kernels.evaluation import EvaluationOptions, evaluate, gating, metrics
+    from twn_kernels.evaluation.dataset import require_split, split_names
 
-    split_names(arguments.data)  # before a model is loaded
+    # Before a model is loaded.
+    for name in arguments.split or split_names(arguments.data):
+        require_split(arguments.data, name)
+    metrics.require_trec_eval()
+    gating.require_statistics()
     take_shipped(arguments)
     missing = [name for name in ("model", "checkpoint") if getattr(arguments, name) is None]
     if missing:

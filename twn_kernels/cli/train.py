@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from twn_kernels.errors import MissingDependency, OptionError
+from twn_kernels.errors import MissingDependency, OptionError, did_you_mean
 
 __all__ = ["add"]
 
@@ -33,7 +33,9 @@ def add(subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the run; new, unless --resume is given")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in DIR stopped")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where the run in DIR stopped; begin one where there is none"
+    )
     parser.add_argument("--until", choices=_STAGES, help="stop after this stage")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a value, such as joint.steps=100"
@@ -48,11 +50,7 @@ def add(subparsers) -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> None:
     from twn_kernels.training.config import load_config
 
-    path = Path(__file__).parents[1] / "training" / "numbers.toml"
-    config = load_config(
-        path if arguments.config == "numbers" and not Path("numbers").is_file() else arguments.config,
-        dict(map(_change, arguments.set)),
-    )
+    config = load_config(_file(arguments.config), dict(map(_change, arguments.set)))
     if arguments.show_config:
         print(json.dumps(config.as_dict(), indent=2))
         return
@@ -76,6 +74,19 @@ def _run(arguments: argparse.Namespace) -> None:
         print((Path(arguments.out) / RUN_FILE).read_text(encoding="utf-8"), end="")
     else:
         print(f"wrote {out}")
+
+
+def _file(config: str) -> Path:
+    """The file that CONFIG names."""
+    path = Path(config)
+    if config == "numbers" and not path.is_file():
+        return Path(__file__).parents[1] / "training" / "numbers.toml"
+    if not path.exists():
+        raise OptionError(
+            f'CONFIG must be a TOML file or "numbers", got "{config}", which is no file here.'
+            f"{did_you_mean(config, ['numbers'])}"
+        )
+    return path
 
 
 def _say(arguments: argparse.Namespace):
@@ -102,7 +113,7 @@ def _change(word: str) -> tuple[str, Any]:
             return name.strip(), json.loads(value)
         except ValueError as error:
             raise OptionError(f"--set {name.strip()}: {value} is no list, such as [64, 32].") from error
-    return name.strip(), words.get(value, value.strip("\"'"))
+    return name.strip(), words.get(value.lower(), value.strip("\"'"))
 
 
 def _require_libraries() -> None:

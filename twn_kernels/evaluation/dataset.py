@@ -17,7 +17,7 @@ from typing import Any
 
 from twn_kernels.errors import DataError, did_you_mean, quoted
 
-__all__ = ["Entry", "Split", "read_entries", "read_split", "split_names", "write_dataset"]
+__all__ = ["Entry", "Split", "read_entries", "read_split", "require_split", "split_names", "write_dataset"]
 
 _HEADER = ("query-id", "corpus-id", "score")
 
@@ -78,8 +78,16 @@ def split_names(folder: str | Path) -> list[str]:
         raise DataError(f'data folder "{folder}" does not exist. Name a folder that holds corpus.jsonl and qrels/.')
     names = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
     if not names:
-        raise DataError(f'data folder "{folder}" has no splits: expected one or more files qrels/<split>.tsv.')
+        result = f' It holds a result: name "{folder / "result.json"}".' if (folder / "result.json").is_file() else ""
+        raise DataError(f'data folder "{folder}" has no splits: expected one or more files qrels/<split>.tsv.{result}')
     return names
+
+
+def require_split(folder: str | Path, name: str) -> None:
+    """Raise DataError where a folder has no split of this name."""
+    known = split_names(folder)
+    if name not in known:
+        raise DataError(f'"{folder}" has no split "{name}"; its splits are {quoted(known)}.{did_you_mean(name, known)}')
 
 
 def read_split(folder: str | Path, name: str) -> Split:
@@ -93,9 +101,8 @@ def read_split(folder: str | Path, name: str) -> Split:
         DataError: a file or an image is missing, a line is malformed (the message has its number), ids are unknown or
             duplicate, or no query has a positive.
     """
-    folder, known = Path(folder), split_names(folder)
-    if name not in known:
-        raise DataError(f'"{folder}" has no split "{name}"; its splits are {quoted(known)}.{did_you_mean(name, known)}')
+    folder = Path(folder)
+    require_split(folder, name)
     own = folder / "corpus" / f"{name}.jsonl"
     corpus_path = own if own.exists() else folder / "corpus.jsonl"
     qrels_path, queries_path = folder / "qrels" / f"{name}.tsv", folder / "queries.jsonl"

@@ -116,7 +116,8 @@ def _load(base: str, dtype: torch.dtype | str, hub: dict) -> nn.Module:
     except TWNError:
         raise
     except Exception as error:  # transformers, safetensors and the hub client each have errors of their own
-        raise CheckpointError(f"the base model {base!r} does not load: {_first_line(error)}") from error
+        where = "does not load" if Path(base).exists() else "is no directory here and does not load from the Hub"
+        raise CheckpointError(f"the base model {base!r} {where}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
