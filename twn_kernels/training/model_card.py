@@ -131,7 +131,7 @@ def _data(run: Mapping[str, Any]) -> str:
 
 def _gate_data(run: Mapping[str, Any]) -> str:
     data, gate = run["config"]["data"], run["config"]["gate"]
-    if not gate.get("split"):  # runs of before had none
+    if not gate["split"]:
         return f"{GateSettings(share=gate['share']).kept_share:.0%} of the training queries, kept out of joint training"
     if data["folder"] is None:
         return f"{data['gate_queries']:,} queries of the task's split `{gate['split']}`, in hands of its own"
