@@ -73,6 +73,34 @@ def test_the_baselines_answered_the_same_queries(result, baselines):
         assert options[0] == options[1], name
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [("one-adapter", {"joint.adapters": "one"}), ("not-detached", {"joint.detach": False})],
+)
+def test_a_baseline_differs_from_the_model_by_what_it_is_called(file, changes, run):
+    """Its run stands beside its result: the same backbone, data and settings, and the commands that trained it."""
+    other = json.loads((RESULTS / f"{file}-run.json").read_text(encoding="utf-8"))
+    assert _differing(run["config"], other["config"]) == {**changes, "policy.steps": 0}
+    assert other["data"] == run["data"] and other["base"] == run["base"]
+    assert set(other["stages"]) == {"joint", "gate"} and all(stage["done"] for stage in other["stages"].values())
+    assert all(command["dirty"] is False for command in other["commands"])
+    policy = run["stages"]["policy"]["figures"]
+    assert policy["after"]["reward"] - policy["before"]["reward"] < 1e-4  # so that leaving it out makes no difference
+    result = load_result(RESULTS / f"{file}.json")
+    assert result["options"]["threshold"] == other["stages"]["gate"]["figures"]["threshold"]
+
+
+def _differing(before: dict, now: dict) -> dict:
+    """Values of ``now`` that are not those of ``before``, by dotted name."""
+    pairs = ((f"{name}.{key}", part[key]) for name, part in now.items() if isinstance(part, dict) for key in part)
+    return {name: value for name, value in pairs if _at(before, name) != value}
+
+
+def _at(config: dict, name: str):
+    section, key = name.split(".")
+    return config[section][key]
+
+
 def test_model_and_results_come_from_commits_and_not_from_changed_trees(run, result, baselines):
     commands = [*run["commands"], *run.get("base", {}).get("commands", [])]
     for told in (*commands, result, *baselines.values()):
@@ -112,6 +140,26 @@ def test_the_card_and_the_readme_quote_the_result(result):
         assert [cell.strip() for cell in row[1].split("|")] == [*values, f"{auto['think_rate']:.0%}", f"{share:.0%}"]
     found = result["splits"]["test"]["differences"]["auto_minus_always"]
     assert f"{found['mean']:+.3f}, 95 % interval {found['low']:+.3f} to {found['high']:+.3f}" in readme
+
+
+def test_the_words_of_the_readme_are_the_results(result, baselines):
+    """Of the sentences below the tables, each number."""
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    splits, classes = result["splits"], result["splits"]["test"]["classes"]
+    simple, thoughtful = classes["simple"], classes["thoughtful"]
+    assert f"What it gains is on simple queries ({simple['auto']:.3f} against {simple['always']:.3f})" in readme
+    assert thoughtful["think_rate"] == 1.0 and 1 / 9 < simple["think_rate"] < 1 / 7
+    others = [other["splits"]["test"]["classes"]["thoughtful"]["always"] for other in baselines.values()]
+    said = f"{thoughtful['always']:.3f} here, {others[0]:.3f} and {others[1]:.3f} there"
+    assert f"(always thinking: {said})" in readme
+    images = splits["ood_images"]["differences"]["auto_minus_always"]
+    assert f"it is better ({images['mean']:+.3f}, {images['low']:+.3f} to {images['high']:+.3f})" in readme
+    assert images["low"] > 0
+    assert all(split["differences"]["auto_minus_always"]["high"] > 0 for split in splits.values())
+    tied = [
+        one["splits"]["ood_compositions"]["classes"]["thoughtful"]["always"] for one in (result, *baselines.values())
+    ]
+    assert abs(tied[0] - tied[2]) < 0.005
 
 
 def test_the_readme_quotes_the_baselines(result, baselines):

@@ -99,7 +99,7 @@ def test_files_that_are_not_there(tmp_path):
         split_names(tmp_path / "nowhere")
     (tmp_path / "evaluated").mkdir()
     (tmp_path / "evaluated" / "result.json").write_text("{}")
-    with pytest.raises(DataError, match="It holds a result: name .*result.json"):
+    with pytest.raises(DataError, match='It holds the result of an evaluation, ".*result.json"'):
         split_names(tmp_path / "evaluated")
     with pytest.raises(DataError, match="has no splits: expected one or more files qrels/<split>.tsv."):
         split_names(tmp_path)

@@ -122,10 +122,29 @@ def test_a_run_goes_on_with_its_own_configuration_alone(done):
         train(other, done, resume=True, say=quiet)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"split": "gate", "share": None}])
-def test_what_divides_the_data_may_not_change(done, change):
-    with pytest.raises(OptionError, match="was begun with another configuration"):
-        train(parse_config(changed(gate=change)), done, resume=True, say=quiet)
+@pytest.mark.parametrize(
+    ("before", "change", "named"),
+    [
+        ({}, {"steps": 0}, "gate.steps"),
+        ({"steps": 0}, {"steps": 3}, "gate.steps"),
+        ({"share": None}, {"split": "gate", "share": None}, "gate.split"),
+        ({}, {"share": 0.4}, "gate.share"),
+        ({}, {"encode_batch_size": 3}, "gate.encode_batch_size"),
+    ],
+)
+def test_what_divides_the_data_may_not_change(before, change, named, done, tmp_path):
+    told = json.loads((done / "run.json").read_text())
+    told["config"]["gate"] |= before
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    with pytest.raises(OptionError, match=f'another configuration; different: "{named}". Resume'):
+        train(parse_config(changed(gate=before | change)), tmp_path, resume=True, say=quiet)
+
+
+def test_how_often_a_state_is_kept_changes_no_gate(done, tmp_path):
+    shutil.copytree(done, tmp_path / "run")
+    said: list[str] = []
+    train(parse_config(changed(gate={"save_steps": 3, "log_steps": 2})), tmp_path / "run", resume=True, say=said.append)
+    assert said == []
 
 
 def test_a_gate_may_be_trained_anew_on_what_was_learned(done, tmp_path):
@@ -134,11 +153,15 @@ def test_a_gate_may_be_trained_anew_on_what_was_learned(done, tmp_path):
     before = json.loads((done / "run.json").read_text())["commands"]
     sections = changed(gate={"margin": 0.001, "hidden": [3]}, method={"gate_input": "concat"})
     said: list[str] = []
+    out = train(parse_config(sections), tmp_path / "run", resume=True, until="policy", say=said.append)
+    assert not (out / "gate_mlp.safetensors").exists()  # neither the old one nor yet another
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["gate"]
+    assert told["done"] is False and "figures" not in told
     out = train(parse_config(sections), tmp_path / "run", resume=True, say=said.append)
-    assert 'gate: trained anew, as these differ: "gate.hidden", "gate.margin", "method.gate_input"' in said
+    assert 'gate: to be trained anew, as these differ: "gate.hidden", "gate.margin", "method.gate_input"' in said
     assert not any(line.startswith(("base", "joint", "policy", "gate: thinking")) for line in said)
     told = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert told["stages"]["gate"]["done"] and told["commands"][:-1] == before
+    assert told["stages"]["gate"]["done"] and told["commands"][:-2] == before
     assert told["stages"]["gate"]["figures"]["margin"] == told["config"]["gate"]["margin"] == 0.001
     whole = train(parse_config(sections), tmp_path / "whole", say=quiet)
     names = {path.relative_to(whole) for path in whole.rglob("*.safetensors")}

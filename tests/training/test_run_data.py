@@ -55,8 +55,10 @@ def test_a_split_of_the_gates_own_is_its_data(data, tmp_path):
         before = queries.read_text()
         row = next(line for line in before.splitlines() if f'"_id": "{split}-00001"' in line)
         queries.write_text(before.replace(row, row.replace('"text": "', '"text": "well, ')))
+        told = (out / "run.json").read_bytes()
         with pytest.raises(OptionError, match="the training data is not the one that the run in .* began with"):
             train(parse_config(sections), out, resume=True, say=quiet)
+        assert (out / "run.json").read_bytes() == told
         queries.write_text(before)
     train(parse_config(sections), out, resume=True, say=quiet)
     judged = {json.loads(line)["id"] for line in (out / "gate" / "labels.jsonl").read_text().splitlines()}

@@ -78,7 +78,11 @@ def split_names(folder: str | Path) -> list[str]:
         raise DataError(f'data folder "{folder}" does not exist. Name a folder that holds corpus.jsonl and qrels/.')
     names = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
     if not names:
-        result = f' It holds a result: name "{folder / "result.json"}".' if (folder / "result.json").is_file() else ""
+        result = (
+            f' It holds the result of an evaluation, "{folder / "result.json"}".'
+            if (folder / "result.json").is_file()
+            else ""
+        )
         raise DataError(f'data folder "{folder}" has no splits: expected one or more files qrels/<split>.tsv.{result}')
     return names
 

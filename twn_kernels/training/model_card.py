@@ -225,7 +225,8 @@ def _beside(evaluation: Mapping[str, Any], baselines: Mapping[str, Mapping[str, 
             rows.append((f"`{name}`", who, *quality, f"{modes['auto']['think_rate']:.0%}", f"{share:.0%}"))
     return f"""## Trained otherwise
 
-The same backbone, data, seed and steps, another joint training; {metric}. *thinks* and *of always' tokens* are auto's.
+The same backbone, data, seed and steps, another joint training, and no policy optimisation; {metric}. *thinks* and
+*of always' tokens* are auto's.
 
 {_table(("split", "model", *_MODES, "thinks", "of always' tokens"), rows)}"""
 

@@ -28,7 +28,7 @@ from twn_kernels.pipeline.processor import Processor, load_processor
 from twn_kernels.settings import EMBEDDING, REASONING
 from twn_kernels.training.config import TrainingConfig
 from twn_kernels.training.examples import Stream
-from twn_kernels.training.gate import train_gate
+from twn_kernels.training.gate import FREE, train_gate
 from twn_kernels.training.gate_collecting import GATE_FIELDS
 from twn_kernels.training.joint import JointCollator, JointTrainer
 from twn_kernels.training.joint_forward import Roles, Trainee
@@ -117,13 +117,13 @@ class _Run:
             self.told = {"commands": [], "config": asked, "stages": {}}
             if (taught := _taught(self.config.base.path)) is not None:
                 self.told["base"] = taught
-        own_data = self.config.data.folder is None
-        if not own_data:
-            self._read()  # hours may pass before it is needed
+        makes_data = self.config.data.folder is None and not self.told["commands"]
+        if not makes_data:  # hours may pass before it is needed, and the record is still as it was
+            self._require_same_data(self._read())
         self.out.mkdir(parents=True, exist_ok=True)
         self.told["commands"].append({"command": self.command, **provenance.stamp(), "machine": machine})
         self._write()
-        if own_data:
+        if makes_data:
             self._read()
 
     def _open(self, resume: bool, asked: dict[str, Any]) -> None:
@@ -144,9 +144,10 @@ class _Run:
                 f'"{self.out}" was begun with another configuration; different: {quoted(fixed)}. '
                 "Resume with the same one, or name another folder."
             )
-        if changed and stages.get("gate", {}).get("done"):
-            self.say(f"gate: trained anew, as these differ: {quoted(changed)}")
-            stages["gate"]["done"] = False
+        anew = [name for name in changed if name.split(".")[-1] not in FREE]
+        if anew and stages.get("gate", {}).get("done"):
+            self.say(f"gate: to be trained anew, as these differ: {quoted(anew)}")
+            stages["gate"] = {"done": False, "seconds": stages["gate"]["seconds"]}
         if not learned:
             self.told.pop("data", None)
         if fixed and before["data"]["folder"] is None:  # made for the configuration of before
@@ -182,7 +183,7 @@ class _Run:
 
     def finish(self) -> Path:
         """Copy the last stage's TWN directory to ``twn/``."""
-        newest = [name for name in STAGES[1:] if (self.out / name / "twn").is_dir()]
+        newest = [name for name in STAGES[1:] if self.told["stages"].get(name, {}).get("done")]
         if not newest:
             return self.out
         target, staged = self.out / "twn", self.out / ".twn.new"
@@ -367,7 +368,7 @@ def _of_the_gate_alone(name: str, before: dict[str, Any], now: dict[str, Any]) -
     if section == "method":
         return key in GATE_FIELDS
     toggled = key == "steps" and not (before["gate"]["steps"] and now["gate"]["steps"])
-    return section == "gate" and key not in ("split", "share") and not toggled
+    return section == "gate" and key not in ("split", "share", "encode_batch_size") and not toggled
 
 
 def _device_name(config: TrainingConfig) -> str:
