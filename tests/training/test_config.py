@@ -34,7 +34,7 @@ def test_an_empty_configuration_is_the_defaults():
     assert parse_config({}) == TrainingConfig()
 
 
-def test_the_file_in_the_readme_is_one(tmp_path):
+def test_the_configuration_in_the_readme_is_read(tmp_path):
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```toml\n(.*?)^```$", readme, flags=re.DOTALL | re.MULTILINE)
     (tmp_path / "my.toml").write_text(block)

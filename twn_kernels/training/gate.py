@@ -31,12 +31,12 @@ from twn_kernels.training.gate_report import GateReport, one_class, report_on
 from twn_kernels.training.stage_trainer import StageTrainer
 from twn_kernels.training.states import newest_state
 
-__all__ = ["FREE", "GateResult", "GateTrainer", "train_gate"]
+__all__ = ["BOOKKEEPING", "GateResult", "GateTrainer", "train_gate"]
 
 _HELD_OUT = 5  # one query in so many
 _LEAST_SPREAD = 1e-3  # of a feature, as a share of the largest: smaller ones are not blown up to noise
 _LEARNS = "learns.json"
-FREE = ("log_steps", "save_steps")  # settings that no result depends on
+BOOKKEEPING = ("log_steps", "save_steps")  # settings that no result depends on
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _batch(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 def _learns(collected: Collected, labels: Tensor, config: TWNConfig, settings: Any, seed: int) -> dict[str, Any]:
     """All that a state in the folder depends on, as JSON gives it back."""
-    told = {name: value for name, value in vars(settings).items() if name not in FREE}
+    told = {name: value for name, value in vars(settings).items() if name not in BOOKKEEPING}
     told |= {"gate_input": config.gate_input, "gate_activation": config.gate_activation, "seed": seed}
     told |= {"source": collected.source, "labels": "".join(str(int(label)) for label in labels)}
     return json.loads(json.dumps(told))

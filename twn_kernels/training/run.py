@@ -28,7 +28,7 @@ from twn_kernels.pipeline.processor import Processor, load_processor
 from twn_kernels.settings import EMBEDDING, REASONING
 from twn_kernels.training.config import TrainingConfig
 from twn_kernels.training.examples import Stream
-from twn_kernels.training.gate import FREE, train_gate
+from twn_kernels.training.gate import BOOKKEEPING, train_gate
 from twn_kernels.training.gate_collecting import GATE_FIELDS
 from twn_kernels.training.joint import JointCollator, JointTrainer
 from twn_kernels.training.joint_forward import Roles, Trainee
@@ -144,7 +144,7 @@ class _Run:
                 f'"{self.out}" was begun with another configuration; different: {quoted(fixed)}. '
                 "Resume with the same one, or name another folder."
             )
-        anew = [name for name in changed if name.split(".")[-1] not in FREE]
+        anew = [name for name in changed if name.split(".")[-1] not in BOOKKEEPING]
         if anew and stages.get("gate", {}).get("done"):
             self.say(f"gate: to be trained anew, as these differ: {quoted(anew)}")
             stages["gate"] = {"done": False, "seconds": stages["gate"]["seconds"]}
@@ -301,8 +301,8 @@ class _Run:
         return _last_log(self.folder("base"))
 
     def _joint(self) -> dict[str, Any]:
-        config, settings, texts = self.config, self.config.joint, self.config.data
-        prompts = (texts.query_prompt, texts.document_prompt)
+        config, settings, data = self.config, self.config.joint, self.config.data
+        prompts = (data.query_prompt, data.document_prompt)
         collate = JointCollator(self.processor, self.closing, settings.chunk_size, *prompts)
         stream = Stream(self.data.joint, settings.steps * settings.batch_size, config.seed)
         folder = self.folder("joint")
