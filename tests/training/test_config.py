@@ -45,7 +45,7 @@ def test_the_configuration_in_the_readme_is_read(tmp_path):
 def test_an_empty_split_takes_the_place_of_the_files():
     """TOML has no null, and neither has a command line."""
     config = load_config(SHIPPED, {"gate.split": "", "gate.share": 0.3})
-    assert not config.gate.split and config.gate.kept_share == 0.3
+    assert config.gate.split is None and config.gate.kept_share == 0.3
     assert parse_config({}).gate.kept_share == 0.2
 
 
