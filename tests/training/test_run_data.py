@@ -111,6 +111,10 @@ def test_data_that_was_refused_may_be_mended(data, tmp_path):
     queries.write_text(whole.replace('"thought": "', '"thought": "<|im_end|> '))
     with pytest.raises(DataError, match="which ends a thought. Remove it."):
         train(parse_config(sections), out, say=quiet)
+    queries.write_text(whole.replace(" is ", " was "))
+    run = training_run._Run(parse_config(sections), out, "", quiet)
+    run.begin(True)
+    assert run.data.digest == json.loads((out / "run.json").read_text())["data"]  # accepted, and nothing learned yet
     queries.write_text(whole)
     train(parse_config(sections), out, resume=True, until="joint", say=quiet)
 
